@@ -1,0 +1,372 @@
+"""A recipe: one YAML file → checked stages.
+
+    file → profile merged over it → --config overlays → --set → checked against the stages' own fields
+
+Merging is deep: null deletes a key, a list replaces a list, stages added by a profile come in the order written.
+Every key remembers the file and line it came from, so that an error can name them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib.resources
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import pydantic
+from pydantic import Field
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from temper.errors import RecipeError, nearest
+from temper.registry import Registry
+
+if TYPE_CHECKING:
+    from temper.pipeline import Job
+
+KeyPath = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """Marks a field that names another stage: what the stage must give («model» or «data»)."""
+
+    gives: str
+
+
+ModelRef = Annotated[str, Ref("model")]  # a stage, `base`, a folder or a hub id (optionally id@revision)
+DataRef = Annotated[str, Ref("data")]  # STAGE or STAGE.SPLIT
+
+
+class Config(pydantic.BaseModel):
+    """A part of a recipe: unknown keys are errors, every field has a description."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Stage(Config, abc.ABC):
+    """A unit of work. Its fields are its keys in the recipe; `run` fills `job.dir`.
+
+    `version` is raised by hand when the same settings would give other results. Fields declared with
+    `affects_result=False` in `json_schema_extra` are left out of the key.
+    """
+
+    kind: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    gives: ClassVar[str] = ""  # «model», «data» or nothing
+
+    @abc.abstractmethod
+    def run(self, job: Job) -> None: ...
+
+    def plan(self, job: Job) -> dict[str, Any]:
+        """What `temper plan` says about this stage before it runs; keys: tokens, seconds, memory_bytes, …"""
+        return {}
+
+    def fingerprint(self, folder: Path) -> dict[str, Any]:
+        """What outside the recipe decides the result (hashes of local files); part of the key."""
+        return {}
+
+    def refs(self) -> Iterator[tuple[str, str, str]]:
+        """(field, what it must give, value) for every reference to a model or to data."""
+        for name, info in type(self).model_fields.items():
+            marks = [m for m in info.metadata if isinstance(m, Ref)]
+            value = getattr(self, name)
+            if not marks:  # list[ModelRef] and `ModelRef | None` keep the mark inside
+                marks = list(_marks_within(info.annotation))
+            if marks and value is not None:
+                for one in value if isinstance(value, list) else [value]:
+                    yield name, marks[0].gives, one
+
+
+def _marks_within(annotation: Any) -> Iterator[Ref]:
+    for arg in getattr(annotation, "__args__", ()):
+        for mark in getattr(arg, "__metadata__", ()):
+            if isinstance(mark, Ref):
+                yield mark
+        yield from _marks_within(arg)
+
+
+stages: Registry[type[Stage]] = Registry("stage")
+
+
+def detail(default: Any, description: str, **more: Any) -> Any:
+    """A field with a default and a description; `affects_result=False` keeps it out of the key."""
+    extra = {"affects_result": False} if more.pop("affects_result", True) is False else None
+    return Field(default, description=description, json_schema_extra=extra, **more)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe. `raw` is what was merged; `folder` is what relative paths are relative to."""
+
+    name: str
+    profile: str | None
+    model: str | None
+    seed: int
+    device: str
+    threads: int | None
+    trust_remote_code: bool
+    stages: dict[str, Stage]
+    raw: dict[str, Any]
+    folder: Path
+    description: str = ""
+
+    def dump(self) -> str:
+        out = io.StringIO()
+        _yaml().dump(self.raw, out)
+        return out.getvalue()
+
+
+class _Top(Config):
+    name: str = Field(description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise.")
+    description: str = detail("", "One or two sentences on what the recipe does.")
+    model: str | None = detail(None, "The base model («base» in stages): a hub id (id@revision), a folder, or a stage.")
+    seed: int = detail(20, "Seed of everything random: splits, order, initial adapters, sampling.")
+    device: str = detail("auto", "auto, cpu, cuda, cuda:1 or mps. Not part of any key.")
+    threads: int | None = detail(None, "CPU threads of torch; results are bit-equal only at equal numbers of threads.")
+    trust_remote_code: bool = detail(False, "Run Python code that comes with a model. Off unless you trust its author.")
+    stages: dict[str, dict[str, Any]] = Field(description="The stages by name; each has «stage: KIND» and its fields.")
+    profiles: dict[str, dict[str, Any]] = detail({}, "Named sets of overrides, merged over the recipe.")
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with Temper: name → file."""
+    folder = Path(str(importlib.resources.files("temper") / "recipes"))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a recipe given by path or by shipped name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"}:
+        raise RecipeError(f"there is no recipe file {name}", do="give a path to a YAML file, or a name from `temper recipes`")
+    known = shipped()
+    if name not in known:
+        raise RecipeError(f"there is no recipe «{name}»", do=nearest(name, known))
+    return known[name]
+
+
+def load(
+    name: str | Path,
+    *,
+    profile: str | None = None,
+    overlays: list[Path] | None = None,
+    sets: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        name: a file or a shipped name.
+        profile: which of `profiles` to merge over it.
+        overlays: YAML files of the recipe's own shape, merged in turn.
+        sets: `a.b=c` assignments; `sft.lr=1e-4` is short for `stages.sft.lr=1e-4`.
+        overrides: a nested dictionary of the recipe's own shape, merged last (for use from Python).
+
+    Raises:
+        RecipeError: an unknown key, profile or name (with the nearest known one and its line), a wrong type.
+    """
+    path = find(str(name))
+    lines: dict[KeyPath, str] = {}
+    raw = _read(path, lines, ())
+    profiles = raw.pop("profiles", None) or {}
+    if profile is not None:
+        if profile not in profiles:
+            raise RecipeError(f"recipe {path.name} has no profile «{profile}»", do=nearest(profile, profiles) if profiles else "it has none")
+        _move(lines, ("profiles", profile), ())
+        raw = merge(raw, profiles[profile] or {})
+    for overlay in overlays or []:
+        if not overlay.is_file():
+            raise RecipeError(f"there is no file {overlay}", where="--config")
+        extra = _read(overlay, lines, ())
+        extra.pop("profiles", None)
+        raw = merge(raw, extra)
+    for text in sets or []:
+        raw = merge(raw, _assignment(text, raw, lines))
+    if overrides:
+        raw = merge(raw, overrides)
+    return _checked(raw, lines, path, profile)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` deeply over `below`: null deletes a key, a list replaces a list.
+
+    >>> merge({"a": {"b": 1, "c": [1, 2]}, "d": 4}, {"a": {"c": [3]}, "d": None, "e": 5})
+    {'a': {'b': 1, 'c': [3]}, 'e': 5}
+    """
+    out = dict(below)
+    for key, value in above.items():
+        if value is None:
+            out.pop(key, None)
+        elif isinstance(value, dict):
+            old = out.get(key)
+            out[key] = merge(old if isinstance(old, dict) else {}, value)
+        else:
+            out[key] = value
+    return out
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="rt")
+    yaml.version = (1, 2)
+    yaml.width = 118
+    yaml.allow_duplicate_keys = False
+    return yaml
+
+
+def _read(path: Path, lines: dict[KeyPath, str], at: KeyPath) -> dict[str, Any]:
+    try:
+        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError("the recipe is not UTF-8 text", where=f"{path}, byte {error.start}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{path}:{mark.line + 1 if mark else '?'}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping with name, model and stages", where=str(path))
+    return _plain(tree, path, lines, at)
+
+
+def _plain(node: Any, path: Path, lines: dict[KeyPath, str], at: KeyPath) -> Any:
+    """ruamel's round-trip nodes → plain values, noting the line of every key on the way."""
+    if isinstance(node, dict):
+        out = {}
+        for key, value in node.items():
+            here = (*at, str(key))
+            lines[here] = f"{path}:{node.lc.key(key)[0] + 1}"  # type: ignore[attr-defined]
+            out[str(key)] = _plain(value, path, lines, here)
+        return out
+    if isinstance(node, list):
+        return [_plain(v, path, lines, (*at, str(i))) for i, v in enumerate(node)]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    raise RecipeError(f"a value of type {type(node).__name__} cannot stand in a recipe", where=lines.get(at, str(path)))
+
+
+def _move(lines: dict[KeyPath, str], old: KeyPath, new: KeyPath) -> None:
+    for key in [k for k in lines if k[: len(old)] == old and len(k) > len(old)]:
+        lines[new + key[len(old) :]] = lines.pop(key)
+
+
+def _assignment(text: str, raw: dict[str, Any], lines: dict[KeyPath, str]) -> dict[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise RecipeError(f"--set takes a.b=c, not «{text}»", where="--set")
+    path = tuple(name.strip().split("."))
+    if path[0] not in _Top.model_fields:
+        if path[0] not in raw.get("stages", {}):
+            known = [*raw.get("stages", {}), *_Top.model_fields]
+            raise RecipeError(f"there is no stage or key «{path[0]}»", where=f"--set {text}", do=nearest(path[0], known))
+        path = ("stages", *path)
+    try:
+        parsed = _plain(YAML(typ="rt").load(value), Path("--set"), {}, ())
+    except MarkedYAMLError as error:
+        raise RecipeError(f"not a YAML value: {error.problem}", where=f"--set {text}") from None
+    for n in range(1, len(path) + 1):
+        lines[path[:n]] = f"--set {text}"
+    for key in reversed(path):
+        parsed = {key: parsed}
+    return parsed
+
+
+def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
+    top = _validate(_Top, raw, (), lines)
+    built: dict[str, Stage] = {}
+    for name, config in top.stages.items():
+        at = ("stages", name)
+        where = lines.get(at, str(path))
+        if not name.replace("_", "").replace("-", "").isalnum() or name in {"base", "report"}:
+            raise RecipeError(f"«{name}» cannot be the name of a stage", where=where, do="use letters, digits, - and _; «base» and «report» are taken")
+        if "stage" not in config:
+            raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
+        kind = stages.get(str(config["stage"]), where=lines.get((*at, "stage"), where))
+        built[name] = _validate(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines)
+    recipe = Recipe(
+        **{k: getattr(top, k) for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")},
+        profile=profile,
+        stages=built,
+        raw=raw,
+        folder=path.resolve().parent,
+    )
+    _check_refs(recipe, lines, path)
+    return recipe
+
+
+def _validate(kind: Any, values: dict[str, Any], at: KeyPath, lines: dict[KeyPath, str]) -> Any:
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        loc = tuple(str(p) for p in first["loc"])
+        where = next((lines[at + loc[:n]] for n in range(len(loc), -1, -1) if at + loc[:n] in lines), "")
+        name = ".".join((at[1:] if at[:1] == ("stages",) else at) + loc)
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"unknown key «{name}»", where=where, do=nearest(loc[-1], _known_keys(kind, first["loc"]))) from None
+        if first["type"] == "missing":
+            raise RecipeError(f"«{name}» is missing", where=where, do=f"see `temper explain {name.split('.')[-1]}`") from None
+        raise RecipeError(f"{name} = {first['input']!r} does not fit: {first['msg']}", where=where) from None
+
+
+def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
+    """Field names of the model that stands at `loc` within `kind`."""
+    for part in loc[:-1]:
+        field = getattr(kind, "model_fields", {}).get(str(part))
+        if field is None:
+            continue  # an index, or the name that pydantic gives to a union's branch
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        kind = next((o for o in options if isinstance(o, type) and issubclass(o, pydantic.BaseModel)), kind)
+    return list(kind.model_fields) + (["stage"] if issubclass(kind, Stage) else [])
+
+
+def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
+    for name, stage in recipe.stages.items():
+        for field, gives, value in stage.refs():
+            target, _, split = value.partition(".")
+            where = lines.get(("stages", name, field), str(path))
+            if value == "base" and recipe.model is None:
+                raise RecipeError(f"stage «{name}» uses «base» but the recipe has no «model»", where=where)
+            if gives == "data":
+                givers = [n for n, s in recipe.stages.items() if s.gives == "data"]
+                if target not in givers:
+                    raise RecipeError(f"«{value}» is no stage that makes data", where=where, do=nearest(target, givers))
+                if split and split not in {"train", "validation", "test"}:
+                    raise RecipeError(f"«{value}»: splits are train, validation and test", where=where)
+            elif value in recipe.stages and recipe.stages[value].gives != "model":
+                raise RecipeError(f"stage «{value}» gives no model", where=where)
+    order(recipe)
+
+
+def dependencies(recipe: Recipe, name: str) -> list[str]:
+    """Stages that stage `name` reads, the one that stands for `base` included."""
+    found: list[str] = []
+    for _, _, value in recipe.stages[name].refs():
+        target = recipe.model if value == "base" else value
+        for candidate in (target, (target or "").partition(".")[0]):
+            if candidate in recipe.stages and candidate not in found:
+                found.append(candidate)
+    return found
+
+
+def order(recipe: Recipe) -> list[str]:
+    """Stage names so that each comes after what it reads, otherwise as written."""
+    done: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise RecipeError("stages read one another in a circle: " + " → ".join([*path, name]))
+        if name not in done:
+            for needed in dependencies(recipe, name):
+                visit(needed, (*path, name))
+            done.append(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+    return done
