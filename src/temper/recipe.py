@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from temper.pipeline import Job
 
 KeyPath = tuple[str, ...]
+REPLICA = "-seed"  # `sft` with seeds: 3 is trained as sft, sft-seed2 and sft-seed3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Stage(Config, abc.ABC):
     kind: ClassVar[str] = ""
     version: ClassVar[int] = 1
     gives: ClassVar[str] = ""  # «model», «data» or nothing
+    reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 
     @abc.abstractmethod
     def run(self, job: Job) -> None: ...
@@ -288,7 +290,9 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         if "stage" not in config:
             raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
         kind = stages.get(str(config["stage"]), where=lines.get((*at, "stage"), where))
-        built[name] = _validate(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines)
+        stage = _validate(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines)
+        for copy in range(getattr(stage, "seeds", 1)):
+            built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
     recipe = Recipe(
         **{k: getattr(top, k) for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")},
         profile=profile,
@@ -352,7 +356,15 @@ def dependencies(recipe: Recipe, name: str) -> list[str]:
         for candidate in (target, (target or "").partition(".")[0]):
             if candidate in recipe.stages and candidate not in found:
                 found.append(candidate)
+                if recipe.stages[name].reads_replicas:
+                    found += [n for n in recipe.stages if replica(n) != (n, 0) and replica(n)[0] == candidate]
     return found
+
+
+def replica(name: str) -> tuple[str, int]:
+    """The stage that `seeds: N` copied, and which copy: sft → (sft, 0), sft-seed2 → (sft, 1)."""
+    stem, mark, number = name.rpartition(REPLICA)
+    return (stem, int(number) - 1) if mark and number.isdigit() else (name, 0)
 
 
 def order(recipe: Recipe) -> list[str]:

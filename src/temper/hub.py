@@ -1,0 +1,128 @@
+"""What a model's name stands for (a folder or a hub repository) and what identifies its content. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from temper.errors import ModelError, nearest
+from temper.run import file_sha256
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights or a tokenizer are: a local folder, or a hub id at a commit; `adapters` are put on it in turn."""
+
+    name: str
+    revision: str | None = None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        return Path(self.name).is_dir()
+
+
+def locate(name: str, folder: Path) -> Source:
+    """A model reference that is no stage → Source.
+
+    Args:
+        name: a folder (relative to the recipe or to the current folder), or a hub id, optionally `id@revision`.
+        folder: the recipe's folder.
+
+    Raises:
+        ModelError: looks like a path and is not there; a folder without weights; a hub id that cannot be had.
+    """
+    for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
+        if candidate.is_dir():
+            _check_folder(candidate)
+            return Source(str(candidate.resolve()))
+        if candidate.is_file():
+            raise ModelError(f"{name} is a file; a model is a folder with config.json and weights", do="give the folder")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        parent = (folder / name).expanduser().parent
+        there = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        raise ModelError(f"there is no folder {name}", do=nearest(Path(name).name, there) if there else "check the path")
+    repo, _, revision = name.partition("@")
+    return Source(repo, _commit(repo, revision or None))
+
+
+def identity(source: Source) -> str:
+    """What the content is: a hash of a folder's files, or a hub id at its commit; adapters included."""
+    own = _folder_hash(source.name) if source.local else f"{source.name}@{source.revision}"
+    return "+".join([own, *(_folder_hash(a) for a in source.adapters)])
+
+
+def _check_folder(folder: Path) -> None:
+    names = sorted(p.name for p in folder.iterdir())
+    if "adapter_config.json" in names:
+        return
+    if "config.json" not in names:
+        raise ModelError(f"{folder} has no config.json, so it is no model", do="files there: " + (", ".join(names[:8]) or "none"))
+    if not any(n.endswith(WEIGHTS) for n in names):
+        raise ModelError(f"{folder} holds no weights", do="expected *.safetensors beside config.json; was the download complete (git-lfs)?")
+
+
+def _folder_hash(folder: str) -> str:
+    """SHA-256 over the model's and tokenizer's files; remembered by size and time of change within a process."""
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    return _hash_of(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files), folder)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(files: tuple[tuple[str, int, int], ...], folder: str) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        if os.path.basename(path) not in {"README.md", "temper.json"}:
+            digest.update(f"{os.path.relpath(path, folder)}:{file_sha256(Path(path))}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _commit(repo: str, revision: str | None) -> str:
+    """The commit that a hub revision stands for now; from the local cache when the hub cannot be reached."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    def fetch(offline: bool) -> str:
+        path = hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline)
+        return Path(path).parent.name  # …/snapshots/COMMIT/config.json
+
+    try:
+        return fetch(offline=False)
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{repo} is gated: its authors ask you to accept a licence",
+            do=f"accept it on the model's page at the hub while logged in, then set HF_TOKEN (or run `hf auth login`). model: {repo}",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repo} has no revision «{revision}»", do="name a branch, a tag or a commit after the @") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"the hub has no model «{repo}», or it is private", do="check the name; a private model needs HF_TOKEN; a local folder works too"
+        ) from None
+    except (errors.EntryNotFoundError, errors.HFValidationError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            return _from_cache(repo, fetch)
+        raise ModelError(f"«{repo}» is no model that can be loaded: {error}", do="a model is a folder or a hub id such as org/name") from None
+    except (OSError, RuntimeError):  # no network: whatever the HTTP library raises
+        return _from_cache(repo, fetch)
+
+
+def _from_cache(repo: str, fetch: functools.partial[str] | object) -> str:
+    try:
+        return fetch(offline=True)  # type: ignore[operator]
+    except Exception:
+        raise ModelError(
+            f"the hub cannot be reached, and «{repo}» is not in the local cache",
+            do="connect, or download the model elsewhere and name its folder instead (--set model=PATH)",
+        ) from None
+
+
+def read_config(folder: str) -> dict[str, object]:
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
