@@ -1,0 +1,147 @@
+"""A metric is a pure function of `Outputs` alone: it reads no file, no recipe and no model, and sums nothing over rows.
+
+Adding one is one function in one file of this folder, and its file in the last line here:
+
+    @metrics.register("exact_match")
+    def exact_match(outputs: Outputs, *, strip: bool = True) -> dict[str, Scores]:
+        "Share of predictions equal to their reference."      ← the line that `temper list metrics` prints
+
+Keyword-only parameters are its configuration. A recipe asks for metrics as a list of names, each with options or
+without: `[loss, rougeL, {rouge: {variant: [rouge1, rouge2], stem: true}}]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from temper.errors import DataError, RecipeError
+from temper.registry import Registry
+from temper.types import Outputs, Scores
+
+Metric = Callable[..., dict[str, Scores]]
+Spec = Sequence[str | dict[str, Any]]
+
+registry: Registry[Metric] = Registry("metric")
+
+
+class _Declared(NamedTuple):
+    """What must be known of a metric before there are outputs."""
+
+    reads: Literal["text", "likelihood"]
+    gives: Callable[..., list[str]]  # options → names of the scores
+
+
+class Request(NamedTuple):
+    """One entry of a recipe's list, checked: the metric, its options with defaults, the names it will give."""
+
+    name: str
+    options: dict[str, Any]
+    gives: list[str]
+
+
+_declared: dict[str, _Declared] = {}
+
+
+def register(
+    name: str, *, reads: Literal["text", "likelihood"] = "text", gives: Callable[..., list[str]] | None = None
+) -> Callable[[Metric], Metric]:
+    """Decorator that enters a metric under `name`.
+
+    Args:
+        reads: "text" if it needs predictions generated, "likelihood" if it reads `nll` and `tokens` instead.
+        gives: maps the options (as keyword arguments) to the names of the scores returned; by default `name` alone.
+    """
+
+    def add(metric: Metric) -> Metric:
+        registry.register(name)(metric)
+        _declared[name] = _Declared(reads, gives or (lambda **options: [name]))
+        return metric
+
+    return add
+
+
+def read(spec: Spec, *, where: str = "") -> list[Request]:
+    """A recipe's list of metrics, checked; call it before training, since all that can be wrong in it shows here.
+
+    Raises:
+        RecipeError: an unknown metric or option, an entry that is not one metric, two entries giving the same name.
+    """
+    requests: list[Request] = []
+    owners: dict[str, str] = {}
+    for entry in spec:
+        name, options = _entry(entry, where)
+        registry.get(name, where=where)  # its error offers the nearest name
+        options = registry.check(name, options, where=where)
+        request = Request(name, options, _declared[name].gives(**options))
+        if not request.gives:
+            raise RecipeError(
+                f"metric «{name}» with {options} gives no score", where=where, do="leave it out or ask more"
+            )
+        for given in request.gives:
+            if given in owners:
+                raise RecipeError(
+                    f"«{given}» is asked for twice, by «{owners[given]}» and «{name}»", where=where, do="leave one"
+                )
+            owners[given] = name
+        requests.append(request)
+    return requests
+
+
+def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        [(name, options)] = entry.items()
+        if isinstance(name, str) and (options is None or isinstance(options, dict)):
+            return name, options or {}
+    raise RecipeError(
+        f"{entry!r} is not a metric", where=where, do="write a name, or a name with its options: {rouge: {stem: true}}"
+    )
+
+
+def needs_likelihood(spec: Spec) -> bool:
+    """Whether any metric reads `outputs.nll`."""
+    return any(_declared[request.name].reads == "likelihood" for request in read(spec))
+
+
+def needs_text(spec: Spec) -> bool:
+    """Whether any metric needs predictions generated."""
+    return any(_declared[request.name].reads == "text" for request in read(spec))
+
+
+def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Scores]:
+    """Scores by name, in the order asked for.
+
+    Raises:
+        RecipeError: as `read`.
+        DataError: there are no rows.
+        ValueError: `outputs` lacks what a metric reads, or its columns differ in length.
+    """
+    requests = read(spec, where=where)
+    _check_lengths(outputs, where)
+    scores: dict[str, Scores] = {}
+    for name, options, gives in requests:
+        given = registry.get(name)(outputs, **options)
+        if list(given) != gives:
+            raise ValueError(f"metric {name!r} declared {gives} and gave {list(given)}")
+        scores |= given
+    return scores
+
+
+def _check_lengths(outputs: Outputs, where: str) -> None:
+    columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens]
+    lengths = {len(column) for column in columns if column is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"columns of outputs differ in length: {sorted(lengths)}")
+    if lengths == {0}:
+        raise DataError("there are no rows to score", where=where, do="check the split and what was dropped from it")
+
+
+def describe() -> dict[str, str]:
+    """Metric → one line on it (the first of its docstring), for `temper list metrics`."""
+    return {name: (inspect.getdoc(registry.get(name)) or "").partition("\n")[0] for name in registry}
+
+
+from temper.metrics import likelihood, rouge, text  # noqa: E402, F401 (each registers its own)

@@ -1,0 +1,215 @@
+"""How sure a number is, and whether two differ. Rows are the units: they are resampled, swapped and left out.
+
+Everything works on additive statistics (`Scores.stats`), so a corpus metric is resampled as exactly as a mean:
+what a resample needs is how often each row is in it, and the metric is `aggregate(counts @ stats)`.
+
+Legend: n rows, d statistics a row, r resamples.
+Sources: Efron and Tibshirani 1993, "An introduction to the bootstrap", chapters 11 (jackknife), 14 (BCa) and 15
+(permutation); Phipson and Smyth 2010 (a permutation p is never 0); Holm 1979.
+Covered is the sampling of test rows alone, not that of training runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from temper.types import Scores
+
+_ROUNDING = 1e-10  # of the metric's own size: sums of the same rows in another order differ by less
+Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., d] → [...]
+
+_CHUNK = 1 << 20  # numbers held at once while resampling (8 MB)
+_UNDEFINED = 0.05  # share of resamples without a value beyond which there is no interval
+_POWER, _ALPHA = 0.8, 0.05  # of the smallest detectable difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """b against a on the same rows. A field that does not exist is None.
+
+    Attributes:
+        difference: value of b minus value of a.
+        low, high: its paired bootstrap interval (BCa).
+        p: two-sided, of the paired permutation test; not corrected for other comparisons (`holm` does that).
+        smallest_detectable: the least true difference that so many rows, with differences that vary as these do, would
+            show in 80 % of cases at p < 0.05. A normal approximation.
+    """
+
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    smallest_detectable: float | None
+
+
+def interval(scores: Scores, *, seed: int, resamples: int = 10_000, level: float = 0.95) -> tuple[float, float] | None:
+    """Bias-corrected and accelerated bootstrap interval of `scores.value` over rows.
+
+    The same seed gives the same interval, and draws the same rows for every metric on them.
+
+    Returns:
+        (low, high); (value, value) where no resample differs; None where n < 2 or the value is undefined, infinite or
+        hangs on one row.
+    """
+    stats = scores.stats.astype(np.float64)
+    value = _quiet(scores.aggregate)
+    return _interval(stats, value, abs(float(value(stats.sum(0)))), seed, resamples, level)
+
+
+def compare(a: Scores, b: Scores, *, seed: int, resamples: int = 10_000, level: float = 0.95) -> Comparison:
+    """b against a, row by row: what both find hard or easy cancels out.
+
+    Raises:
+        ValueError: a and b have different rows or are different metrics.
+    """
+    if a.stats.shape != b.stats.shape:
+        raise ValueError(f"paired comparison of different rows: statistics {a.stats.shape} and {b.stats.shape}")
+    if a.signature != b.signature:
+        raise ValueError(f"comparison of different metrics: {a.signature} and {b.signature}")
+    width = a.stats.shape[1]
+    value = _quiet(a.aggregate)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return value(sums[..., width:]) - value(sums[..., :width])
+
+    stats = np.concatenate([a.stats, b.stats], axis=1).astype(np.float64)
+    value_a, value_b = float(value(a.stats.sum(0))), float(value(b.stats.sum(0)))
+    if not np.isfinite([value_a, value_b]).all():
+        return Comparison(None, None, None, None, None)
+    scale = max(abs(value_a), abs(value_b))
+    low, high = _interval(stats, difference, scale, seed, resamples, level) or (None, None)
+    p = _permutation_p(stats, difference, scale, seed, resamples)
+    return Comparison(value_b - value_a, low, high, p, _smallest_detectable(stats, difference, scale))
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted for how many there are (Holm's step-down); None stays None and is not counted.
+
+    Raises:
+        ValueError: a value outside 0–1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    known = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    if not all(0 <= value <= 1 for value, _ in known):  # nan is outside too
+        raise ValueError(f"not all are p-values: {list(p)}")
+    adjusted: list[float | None] = [None] * len(p)
+    floor = 0.0
+    for rank, (value, i) in enumerate(known):
+        floor = max(floor, min(1.0, (len(known) - rank) * value))
+        adjusted[i] = floor
+    return adjusted
+
+
+def _quiet(aggregate: Statistic) -> Statistic:
+    """A resample may have no value (0/0) or be beyond floats; that is handled here, not warned of."""
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return np.asarray(aggregate(sums), dtype=np.float64)
+
+    return value
+
+
+def _interval(
+    stats: np.ndarray, statistic: Statistic, scale: float, seed: int, resamples: int, level: float
+) -> tuple[float, float] | None:
+    """scale: the size of the metric (not of a difference of it), against which rounding is told from spread."""
+    value = float(statistic(stats.sum(0)))
+    if len(stats) < 2 or not np.isfinite(value):
+        return None
+    left_out = _jackknife(stats, statistic)
+    drawn = np.concatenate([statistic(sums) for sums in _bootstrap_sums(stats, seed, resamples)])
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(left_out).all() or len(drawn) < (1 - _UNDEFINED) * resamples:
+        return None
+    return _bca(value, drawn, left_out, level, _ROUNDING * scale)
+
+
+def _bca(value: float, drawn: np.ndarray, left_out: np.ndarray, level: float, tolerance: float) -> tuple[float, float]:
+    """Efron and Tibshirani 1993, equations 14.9 to 14.15, from bootstrap values [≤ r] and leave-one-out values [n]."""
+    if np.ptp(drawn) <= tolerance:
+        return value, value
+    # Resamples that tie with the value count half, or a metric of few levels would look biased.
+    below = np.mean(drawn < value - tolerance) / 2 + np.mean(drawn <= value + tolerance) / 2
+    bias = ndtri(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
+    spread = left_out.mean() - left_out
+    skew = np.sum(spread**3) / (6 * np.sum(spread**2) ** 1.5) if np.any(spread) else 0.0
+    shift = bias + ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
+    share = ndtr(bias + shift / np.maximum(1 - skew * shift, 1e-9))
+    low, high = np.quantile(drawn, share)
+    return float(low), float(high)
+
+
+def _bootstrap_sums(stats: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Summed statistics of rows drawn with replacement: [≤ r, d] at a time."""
+    rng = np.random.default_rng([seed, 0])
+    n = len(stats)
+    for size in _chunks(n, resamples):
+        rows = rng.integers(0, n, (size, n)) + np.arange(size)[:, None] * n
+        counts = np.bincount(rows.ravel(), minlength=size * n).reshape(size, n)
+        yield counts.astype(np.float64) @ stats
+
+
+def _chunks(n: int, resamples: int) -> Iterator[int]:
+    step = max(1, _CHUNK // n)
+    for start in range(0, resamples, step):
+        yield min(step, resamples - start)
+
+
+def _jackknife(stats: np.ndarray, statistic: Statistic) -> np.ndarray:
+    """The statistic without row i: [n]."""
+    return statistic(stats.sum(0) - stats)
+
+
+def _permutation_p(stats: np.ndarray, difference: Statistic, scale: float, seed: int, resamples: int) -> float:
+    """Two-sided p of: nothing would change in distribution if a row's results of a and b were swapped.
+
+    stats: [n, 2d], a's statistics and then b's. All 2^n swaps are tried where there are no more than `resamples`.
+    """
+    n, both = stats.shape
+    exact = n < 63 and 2**n <= resamples
+    total = stats.sum(0)
+    change = np.roll(stats, both // 2, axis=1) - stats  # what swapping a row adds to the sums
+    least = abs(float(difference(total))) - _ROUNDING * scale
+    as_large = 0
+    for swapped in _all_swaps(n) if exact else _random_swaps(n, seed, resamples):
+        differences = difference(total + swapped @ change)
+        as_large += np.count_nonzero(~(np.abs(differences) < least))  # an undefined one counts against
+    return as_large / 2**n if exact else (1 + as_large) / (1 + resamples)
+
+
+def _all_swaps(n: int) -> Iterator[np.ndarray]:
+    step = max(1, _CHUNK // n)
+    for start in range(0, 2**n, step):
+        codes = np.arange(start, min(start + step, 2**n))
+        yield ((codes[:, None] >> np.arange(n)) & 1).astype(np.float64)
+
+
+def _random_swaps(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng([seed, 1])
+    for size in _chunks(n, resamples):
+        yield rng.integers(0, 2, (size, n), dtype=np.int8).astype(np.float64)
+
+
+def _smallest_detectable(stats: np.ndarray, difference: Statistic, scale: float) -> float | None:
+    """(z of the test + z of the power) · standard error; the error is the jackknife's, for a mean sd/√n exactly.
+
+    None where the rows say nothing of the spread (they all differ alike), or where they are so few that the clearest
+    difference has p = 2/2^n > 0.05.
+    """
+    n = len(stats)
+    if 2 / 2 ** min(n, 63) > _ALPHA:
+        return None
+    left_out = _jackknife(stats, difference)
+    if not np.isfinite(left_out).all():
+        return None
+    error = float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
+    if error <= _ROUNDING * scale:
+        return None
+    return float(ndtri(1 - _ALPHA / 2) + ndtri(_POWER)) * error
