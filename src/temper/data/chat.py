@@ -1,0 +1,224 @@
+"""A row of data → token ids, with the trained part exact to the token.
+
+Prompt and answer are tokenised together, so that the ids are those the tokenizer gives to the whole text, and the
+prompt must be a prefix of them. Where the tokenizer merges across the seam, the seam moves back to the last token
+they share, and that is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from temper.errors import DataError, ModelError
+from temper.recipe import Config
+from temper.types import Record, Row
+
+
+class Format(Config):
+    """How a prompt and an answer are written out for a model; the same in training and at inference."""
+
+    chat: Literal["auto", "template", "plain"] = Field(
+        "auto", description="template: the tokenizer's chat template; plain: prompt, separator, answer; auto: template where there is one."
+    )
+    separator: str = Field("\n", description="What stands between prompt and answer in the plain form.")
+    system: str | None = Field(None, description="A system message put before every conversation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row; `trained[i]` says whether token i belongs to an answer (its end token included)."""
+
+    ids: list[int]
+    trained: list[bool]
+    where: str
+    moved_seam: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first trained one."""
+        return self.trained.index(True) if True in self.trained else len(self.ids)
+
+
+class Encoder:
+    """Renders and tokenises rows of TRL's dataset types for one tokenizer.
+
+    Raises:
+        ModelError: the template cannot be used: no end token, answers that cannot be found in the rendered text.
+    """
+
+    def __init__(self, tokenizer: Any, form: Format, *, end_ids: Sequence[int] = ()) -> None:
+        self.tokenizer, self.form = tokenizer, form
+        self.templated = form.chat == "template" or (form.chat == "auto" and bool(tokenizer.chat_template))
+        if self.templated and not tokenizer.chat_template:
+            raise ModelError("the recipe asks for the chat template, and the tokenizer has none", do="set chat: plain in the data stage")
+        self.end_ids = set(end_ids) | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+        if not self.end_ids:
+            raise ModelError("the tokenizer has no end-of-sequence token, so a model could never learn to stop", do="add eos_token to it")
+
+    @property
+    def description(self) -> str:
+        if self.templated:
+            return "the tokenizer's chat template"
+        return f"plain: prompt + {self.form.separator!r} + answer + end token"
+
+    def messages(self, row: Row) -> list[dict[str, str]]:
+        """A prompt–completion row as a conversation; `prompt` may itself be a list of messages (TRL's form)."""
+        if "messages" in row:
+            found = [dict(m) for m in row["messages"]]
+        else:
+            prompt, answer = row["prompt"], row.get("completion")
+            found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+            if answer is not None:
+                found += [dict(m) for m in answer] if not isinstance(answer, str) else [{"role": "assistant", "content": answer}]
+        if self.form.system is not None and (not found or found[0]["role"] != "system"):
+            found.insert(0, {"role": "system", "content": self.form.system})
+        return found
+
+    def prompt_text(self, row: Row) -> str:
+        """What the model is given at inference: everything before the (last) answer."""
+        if self.templated:
+            messages = self.messages({k: v for k, v in row.items() if k != "completion"})
+            if messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            return self._render(messages, prompt=True)
+        if "messages" in row:
+            raise DataError("a conversation needs a chat template", do="choose a model whose tokenizer has one, or map it to prompt and completion")
+        return self._plain_prompt(row)
+
+    def reference_text(self, row: Row) -> str:
+        answer = row.get("completion", row["messages"][-1]["content"] if "messages" in row else "")
+        return (answer if isinstance(answer, str) else answer[-1]["content"]).strip()
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """Token ids of the prompts, exactly those that training saw."""
+        texts = [self.prompt_text(r.row) for r in records]
+        return self._tokenize(texts)
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded]:
+        """All rows at once (the tokenizer works in parallel). `text` rows are trained whole, prompts are not."""
+        texts: list[str] = []
+        spans: list[list[tuple[str, str]]] = []  # for each row: (text before an answer, text up to its end)
+        for record in records:
+            text, marks = self._parts(record)
+            texts.append(text)
+            spans.append(marks)
+        whole = self._tokenize(texts)
+        pieces = iter(self._tokenize([piece for marks in spans for pair in marks for piece in pair]))
+        out = []
+        for record, ids, marks in zip(records, whole, spans, strict=True):
+            edges = [(next(pieces), next(pieces)) for _ in marks]
+            out.append(self._mark(record, ids, edges))
+        return out
+
+    def _parts(self, record: Record) -> tuple[str, list[tuple[str, str]]]:
+        """The rendered text, and for each answer the text before it and the text up to its end."""
+        row = record.row
+        if "text" in row:
+            return row["text"], []
+        if not self.templated:
+            if "messages" in row:
+                self.prompt_text(row)  # raises: a conversation needs a template
+            before = self._plain_prompt(row)
+            text = before + self._plain_answer(row)
+            return text, [(before, text)]
+        messages = self.messages(row)
+        text = self._render(messages)
+        marks = []
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, upto = self._render(messages[:k], prompt=True), self._render(messages[: k + 1])
+                if not (upto.startswith(before) and text.startswith(upto.rstrip("\n"))):
+                    raise ModelError(
+                        "the chat template writes a conversation differently when it goes on, so the answer cannot be found in it",
+                        where=f"{record.where}, message {k + 1}",
+                        do="train on prompt–completion rows (one answer each), or set chat: plain",
+                    )
+                marks.append((before, upto.rstrip("\n")))  # a newline after the end token belongs to the next turn
+        if not marks:
+            raise DataError("a conversation without an answer has nothing to train on", where=record.where, do="drop it or check its roles")
+        return text, marks
+
+    def _mark(self, record: Record, ids: list[int], edges: list[tuple[list[int], list[int]]]) -> Encoded:
+        trained = [False] * len(ids)
+        moved = False
+        if not edges:  # plain text: all of it, with an end token
+            ids = self._with_end(ids)
+            return Encoded(ids, [True] * len(ids), record.where)
+        for before, upto in edges:
+            start, stop = _shared(before, ids), _shared(upto, ids)
+            moved |= start < len(before)
+            trained[start:stop] = [True] * (stop - start)
+        if not self.templated:
+            ids = self._with_end(ids)
+            trained = trained + [True] * (len(ids) - len(trained))
+        if not any(trained):
+            raise DataError("nothing of this row is trained: its answer is empty", where=record.where, do="drop: {empty: true}")
+        self._check_end(record, ids, trained)
+        return Encoded(ids, trained, record.where, moved)
+
+    def _check_end(self, record: Record, ids: list[int], trained: list[bool]) -> None:
+        last = len(trained) - 1 - trained[::-1].index(True)
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        if ids[last] not in self.end_ids and ids[last] not in special:
+            raise ModelError(
+                f"the answer does not end with an end token but with {self.tokenizer.decode([ids[last]])!r}: the model would never learn to stop",
+                where=record.where,
+                do="use a chat template that closes the assistant's turn with one, or set chat: plain",
+            )
+        self.end_ids.add(ids[last])
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+
+    def _plain_prompt(self, row: Row) -> str:
+        # Newlines go with the prompt, spaces with the answer: that is how tokenizers cut words.
+        if not isinstance(row["prompt"], str):
+            raise DataError("a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one")
+        return (f"{self.form.system}\n" if self.form.system else "") + row["prompt"] + self.form.separator.rstrip(" ")
+
+    def _plain_answer(self, row: Row) -> str:
+        return self.form.separator[len(self.form.separator.rstrip(" ")) :] + row["completion"]
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids; exactly one beginning-of-sequence token where the tokenizer has the habit (a template writes its own)."""
+        if not texts:
+            return []
+        found = self.tokenizer(texts, add_special_tokens=not self.templated, return_attention_mask=False)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        out = []
+        for ids in found:
+            if not self.templated and ids and ids[-1] == eos and eos != bos:
+                ids = ids[:-1]  # tokenizers that append the end token themselves: it would stand between prompt and answer
+            while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+                ids = ids[1:]  # text that already begins with the token
+            out.append(list(ids))
+        return out
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for k, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return k
+    return min(len(a), len(b))
+
+
+def show(tokenizer: Any, example: Encoded, limit: int = 1200) -> str:
+    """An example with the trained part in ⟦ ⟧, as the summary before training prints it."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, trained in zip(example.ids, example.trained, strict=True):
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(token)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = "".join(f"⟦{decode(ids)}⟧" if trained else decode(ids) for trained, ids in runs)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

@@ -1,0 +1,9 @@
+"""Losses: pure functions of tensors. Nothing here reads a file or a recipe, and none of them reduces.
+
+A loss returns `Terms`: unreduced values, their weights, and detached extras to log. The loop divides once, by the sum
+of the weights over the whole optimiser step and all ranks, so a result does not depend on how a batch was cut.
+"""
+
+from temper.losses.token import Terms, nll, token_losses
+
+__all__ = ["Terms", "nll", "token_losses"]

@@ -1,0 +1,95 @@
+"""The tree's visibility as a mask that a model's own attention takes.
+
+The model's own mask function (sliding windows, chunks) is asked in path positions, so no architecture is known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
+
+from temper.trees import Row
+
+Mask = torch.Tensor | dict[str, torch.Tensor]
+
+# Layers that carry a state from token to token would run through sibling branches.
+TREE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", None}
+
+# Wrong without an error although their layer types look right (measured): positions or windows by row index,
+# offset positions, sparsity that depends on the row.
+NOT_TREES = {
+    "bloom", "mpt", "falcon_alibi", "gpt_neo", "xlnet", "openai-gpt", "rwkv", "roberta", "xlm-roberta", "camembert",
+    "deepseek_v32", "minimax", "lfm2", "recurrent_gemma", "bart", "t5",
+}  # fmt: skip
+
+_pending: list[Row] = []
+
+
+def _tree_rule(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = None, device: Any = "cpu", **_: Any
+) -> torch.Tensor:
+    row = _pending[-1]
+    i = torch.arange(q_length, device=device)[None, None, :, None]
+    j = torch.arange(kv_length, device=device)[None, None, None, :]
+    zero = i.new_zeros(1, 1, 1, 1)
+    return (j <= i) & (i < row.end[j]) & mask_function(zero, zero, row.pos[i], row.pos[j])
+
+
+AttentionMaskInterface.register("temper_tree", _tree_rule)
+
+
+def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> Mask:
+    """The mask(s) [1, 1, T, T] of one row, in the form that this model and its attention implementation take.
+
+    Boolean for SDPA; additive for eager, which adds a boolean mask as +1 without a word. A dict by layer type for
+    models that mix windows. Masks are arguments, not globals: recomputation under checkpointing sees the same ones.
+    """
+    config = copy.copy(model.config.get_text_config())
+    config._attn_implementation = "temper_tree"
+    n = len(row.pos)
+    _pending.append(row)
+    try:
+        # A 2D mask of ones must be given: without it, positions that start again are read as packed sequences.
+        made = create_masks_for_generate(
+            config,
+            torch.empty(1, n, 1, dtype=dtype, device=row.pos.device),
+            torch.ones(1, n, dtype=torch.bool, device=row.pos.device),
+            None,
+        )
+    finally:
+        _pending.pop()
+    if model.config._attn_implementation == "sdpa":
+        return made
+    additive = functools.partial(_additive, dtype=dtype)
+    return {k: additive(m) for k, m in made.items()} if isinstance(made, dict) else additive(made)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # the smallest number, not -inf: a fully masked line of -inf gives nan
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def refuses_trees(model: PreTrainedModel) -> str | None:
+    """Why this model cannot be given trees, as far as its configuration tells; None where nothing speaks against it."""
+    config = model.config.get_text_config()
+    kind = getattr(config, "model_type", "")
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder–decoder"
+    if kind in NOT_TREES or (kind == "falcon" and getattr(config, "alibi", False)):
+        return f"{kind} takes positions or masks in its own way"
+    if model._is_stateful or (set(getattr(config, "layer_types", None) or [None]) - TREE_LAYERS):
+        return f"{kind} has layers that carry a state from token to token"
+    return None
+
+
+def smallest_window(model: PreTrainedModel) -> int | None:
+    """The smallest sliding window or chunk in tokens, None where every layer sees everything."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    return min(sizes) if sizes else None

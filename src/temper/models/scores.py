@@ -1,0 +1,190 @@
+"""Log-probabilities of scored tokens: the one module through which every training and scoring pass goes.
+
+`Policy.forward(row)` is backbone → hidden states at `src` → the model's own head in checkpointed chunks. Only this
+module is wrapped for several processes; nothing calls the inner model past it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from temper.models.attention import refuses_trees, smallest_window, tree_mask
+from temper.trees import Node, Row, flatten, join
+
+Layout = Literal["tree", "padded"]
+CHUNK_LOGITS = 16 * 2**20  # logits held at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
+
+
+class _Handed(BaseModelOutputWithPast):
+    """An output that answers None for whatever a particular head asks of its backbone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class _HandThrough(nn.Module):
+    """Stands where the backbone stood and gives back the hidden states it is given."""
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["real"] = real  # not a child: parameters must not be counted twice
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor | None = None, **__: Any) -> _Handed:
+        return _Handed(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name == "decoder" else getattr(self.__dict__["real"], name)
+
+
+def head_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """(backbone, head): the head maps hidden states to final logits with every soft cap and scale the model has.
+
+    It is a shallow twin of the whole model whose backbone hands its input through. `lm_head(hidden)` by hand is
+    silently not the logits in Gemma-2, Cohere, Granite and others.
+    """
+    names = (model.base_model_prefix, "model", "transformer")
+    name = next(n for n, child in model.named_children() if child is model.base_model or n in names)
+    twin = object.__new__(type(model))
+    twin.__dict__.update(model.__dict__)
+    twin._modules = {**model._modules, name: _HandThrough(model._modules[name])}  # type: ignore[arg-type]
+    for key, value in model.__dict__.items():  # hooks of its own, so that FSDP's do not run twice
+        if key.endswith("_hooks") and isinstance(value, dict):
+            twin.__dict__[key] = type(value)()
+    return model._modules[name], twin  # type: ignore[return-value]
+
+
+class Policy(nn.Module):
+    """A causal language model that scores rows of trees.
+
+    Args:
+        hf: a transformers model, or a PEFT model around one.
+        layout: `tree` (one pass over the row) or `padded` (each branch on its own line).
+    """
+
+    def __init__(self, hf: Any, layout: Layout = "tree") -> None:
+        super().__init__()
+        self.hf = hf
+        self.layout: Layout = layout
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The transformers model within; its LoRA layers stay active."""
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, row: Row) -> torch.Tensor:
+        """Log-probability of every scored token given its path, float32 [S], in the order of `row.tgt`."""
+        model = self.inner
+        backbone, head = head_of(model)
+        hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
+        targets = row.ids.index_select(0, row.tgt)
+        chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+
+        def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            logits = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
+            return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
+
+        pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])  # type: ignore[misc]
+        return torch.cat([score(h, t) for h, t in pieces])
+
+    def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
+        out = backbone(
+            input_ids=row.ids[None],
+            position_ids=row.pos[None],
+            attention_mask=tree_mask(model, row, next(self.parameters()).dtype),
+            use_cache=False,
+        )
+        # index_select, not indexing: the backward of the latter is not deterministic with two CPU threads
+        return out.last_hidden_state[0].index_select(0, row.src)
+
+    def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
+        """The same numbers from separate right-padded sequences; a token that branches share is scored on the first."""
+        lines, flat, width = _unrolled(row)
+        ids = torch.zeros(len(lines), width, dtype=torch.long, device=row.ids.device)
+        mask = torch.zeros_like(ids)
+        for k, line in enumerate(lines):
+            ids[k, : len(line)] = row.ids[line]
+            mask[k, : len(line)] = 1
+        out = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, flat)
+
+
+def _unrolled(row: Row) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """Every branch of a row as a line of token indices, and where in the [lines × width] grid each `src` lies."""
+    lines: list[torch.Tensor] = []
+    first = 0
+    for tree in row.trees:
+        lines += [torch.from_numpy(tree.path(b)).to(row.ids.device) + first for b in range(len(tree.tips))]
+        first += len(tree)
+    width = max(len(line) for line in lines)
+    depth = row.pos.index_select(0, row.src)
+    return lines, row.branch * width + depth, width
+
+
+def prove(policy: Policy, *, length: int = 64, seed: int = 0) -> dict[str, Any]:
+    """Compare the tree pass with the padded pass on this very model, and choose the layout by it.
+
+    The probe has two trees of two branches each, paths longer than the smallest window where `length` (the longest
+    example to come, in tokens) reaches that far. A control with an ordinary causal mask must differ visibly, so
+    that agreement means something.
+
+    Returns:
+        {"layout", "reason", "difference", "control"}: log-probabilities' largest differences in nats.
+    """
+    model = policy.inner
+    why = refuses_trees(model)
+    if why:
+        policy.layout = "padded"
+        return {"layout": "padded", "reason": why, "difference": None, "control": None}
+    window = smallest_window(model) or 0
+    prompt = max(12, min(length - 8, window + 4)) if window and window <= 8192 else 12
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(0, vocabulary, (n,), generator=generator).tolist()
+
+    def tree(n: int) -> Any:
+        return flatten(Node(draw(n), None, tuple(Node(draw(k), [1.0] * k) for k in (7, 5))))
+
+    row = join([tree(prompt), tree(9)]).to(policy.device)
+    causal = Row(**{**row.__dict__, "end": torch.full_like(row.end, len(row.ids)), "pos": torch.arange(len(row.ids), device=row.pos.device)})
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            policy.layout = "padded"
+            padded = policy(row)
+            policy.layout = "tree"
+            got, control = policy(row), policy(causal)
+    except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        policy.layout = "padded"
+        return {"layout": "padded", "reason": f"the tree pass failed: {error}", "difference": None, "control": None}
+    finally:
+        policy.train(was_training)
+    difference, visible = (got - padded).abs().max().item(), (control - padded).abs().max().item()
+    # Half precision rounds a tree and a padded batch differently, as it does two padded batches.
+    share = 0.02 if padded_precision(policy) == torch.float32 else 0.2
+    fits = visible > 0 and difference <= share * visible
+    policy.layout = "tree" if fits else "padded"
+    reason = "the tree pass equals the padded pass" if fits else "the tree pass differs from the padded pass"
+    return {"layout": policy.layout, "reason": reason, "difference": difference, "control": visible}
+
+
+def padded_precision(policy: Policy) -> torch.dtype:
+    """The dtype that a forward pass of this policy computes in."""
+    kind = policy.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(policy.parameters()).dtype

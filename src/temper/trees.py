@@ -1,0 +1,216 @@
+"""Examples → trees → rows: each token stands once, and one rule says what it sees.
+
+Written depth first, with `pos` the position along a token's own path and `end` one past the last token of its subtree,
+
+    token i sees token j   ⇔   j ≤ i < end[j]
+
+A conversation is a chain, a preference pair a prompt with two branches, a group a prompt with k. A token to be scored
+has `src`, its predecessor on its path: for the first token of a branch that is the last token of the prompt, not i − 1.
+
+Legend: T tokens of a tree or row, S scored tokens, B branches (root-to-leaf paths).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from temper.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A run of tokens and what branches off after it. `weights` (one a token) say what is scored; None: nothing."""
+
+    ids: Sequence[int]
+    weights: Sequence[float] | None = None
+    children: tuple[Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """One example, flattened depth first. All arrays are int32, `weight` float32."""
+
+    ids: np.ndarray  # [T]
+    pos: np.ndarray  # [T]
+    end: np.ndarray  # [T]
+    tgt: np.ndarray  # [S] index of each scored token
+    src: np.ndarray  # [S] index of its predecessor
+    weight: np.ndarray  # [S]
+    branch: np.ndarray  # [S] the first branch that the scored token lies on
+    tips: np.ndarray  # [B] index of each branch's last token
+    origin: str = ""  # where the example came from, for messages
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def depth(self) -> int:
+        """Tokens on the longest path."""
+        return int(self.pos.max()) + 1
+
+    def path(self, branch: int) -> np.ndarray:
+        """Indices of the tokens from the root to a branch's tip: those that the tip sees."""
+        tip = self.tips[branch]
+        before = np.arange(tip + 1)
+        return before[self.end[: tip + 1] > tip]
+
+
+def flatten(root: Node, origin: str = "") -> Tree:
+    """A tree of nodes → arrays.
+
+    >>> t = flatten(Node([7, 8], children=(Node([1, 2], [1, 1]), Node([3], [1]))))
+    >>> t.pos.tolist(), t.end.tolist(), t.src.tolist(), t.tgt.tolist(), t.tips.tolist()
+    ([0, 1, 2, 3, 2], [5, 5, 4, 4, 5], [1, 2, 1], [2, 3, 4], [3, 4])
+    """
+    ids: list[int] = []
+    pos: list[int] = []
+    end: list[int] = []
+    scored: list[tuple[int, int, float, int]] = []
+    tips: list[int] = []
+
+    def visit(node: Node, last: int, depth: int) -> None:
+        first = len(ids)
+        for k, token in enumerate(node.ids):
+            at = len(ids)
+            weight = node.weights[k] if node.weights is not None else 0.0
+            if weight and last >= 0:  # the very first token has no predecessor to be predicted from
+                scored.append((at, last, weight, len(tips)))
+            ids.append(token)
+            pos.append(depth + k)
+            last = at
+        for child in node.children:
+            visit(child, last, depth + len(node.ids))
+        if not node.children:
+            tips.append(last)
+        end.extend([0] * (len(ids) - len(end)))
+        end[first : first + len(node.ids)] = [len(ids)] * len(node.ids)
+
+    visit(root, -1, 0)
+    tgt, src, weight, branch = zip(*scored, strict=True) if scored else ((), (), (), ())
+    i32 = np.int32
+    return Tree(
+        np.array(ids, i32), np.array(pos, i32), np.array(end, i32), np.array(tgt, i32), np.array(src, i32),
+        np.array(weight, np.float32), np.array(branch, i32), np.array(tips, i32), origin,
+    )  # fmt: skip
+
+
+def chain(ids: Sequence[int], weights: Sequence[float], origin: str = "") -> Tree:
+    """One sequence with a weight a token (0: context only)."""
+    n = np.arange(len(ids), dtype=np.int32)
+    w = np.asarray(weights, np.float32)
+    tgt = n[1:][w[1:] != 0]
+    return Tree(
+        np.asarray(ids, np.int32), n, np.full(len(ids), len(ids), np.int32), tgt, tgt - 1, w[tgt],
+        np.zeros(len(tgt), np.int32), n[-1:], origin,
+    )  # fmt: skip
+
+
+def group(prompt: Sequence[int], completions: Iterable[Sequence[int]], origin: str = "") -> Tree:
+    """A prompt with its completions as branches, every completion token scored with weight 1."""
+    return flatten(Node(prompt, None, tuple(Node(c, [1.0] * len(c)) for c in completions)), origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Trees side by side in one row of tokens: what one forward pass takes. int64 tensors, `weight` float32."""
+
+    ids: torch.Tensor  # [T]
+    pos: torch.Tensor  # [T]
+    end: torch.Tensor  # [T]
+    tgt: torch.Tensor  # [S]
+    src: torch.Tensor  # [S]
+    weight: torch.Tensor  # [S]
+    branch: torch.Tensor  # [S] counted through all trees of the row
+    tips: torch.Tensor  # [B]
+    trees: tuple[Tree, ...]
+
+    def to(self, device: torch.device) -> Row:
+        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "trees"}
+        return Row(**moved, trees=self.trees)
+
+
+def join(trees: Sequence[Tree]) -> Row:
+    """Trees → one row; none sees another, because every `end` stays within its tree."""
+    offsets = np.cumsum([0, *(len(t) for t in trees)])[:-1]
+    first_branch = np.cumsum([0, *(len(t.tips) for t in trees)])[:-1]
+
+    def cat(name: str, shift: np.ndarray | None = None) -> torch.Tensor:
+        parts = [getattr(t, name) + (0 if shift is None else shift[k]) for k, t in enumerate(trees)]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32 if name == "weight" else np.int64))
+
+    return Row(
+        cat("ids"), cat("pos"), cat("end", offsets), cat("tgt", offsets), cat("src", offsets), cat("weight"),
+        cat("branch", first_branch), cat("tips", offsets), tuple(trees),
+    )  # fmt: skip
+
+
+def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First fit by decreasing length: indices of the examples of each row. One longer than `budget` has a row alone.
+
+    Coffman, Garey and Johnson: at most 11/9 of the fewest rows, plus a constant.
+
+    >>> pack([3, 9, 5, 2, 4], 10)
+    [[1], [2, 4], [0, 3]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        for r, left in enumerate(room):
+            if sizes[index] <= left:
+                rows[r].append(index)
+                room[r] -= sizes[index]
+                break
+        else:
+            rows.append([index])
+            room.append(max(0, budget - sizes[index]))
+    return rows
+
+
+def split(tree: Tree, budget: int) -> list[Tree]:
+    """A tree too long for a row → trees that repeat what their branches share, each within `budget` where possible.
+
+    Scored tokens that branches share stay scored once, in the first part that holds them, so sums do not change.
+    """
+    if len(tree) <= budget or len(tree.tips) == 1:
+        return [tree]
+    parts: list[list[int]] = []
+    size = 0
+    for b in range(len(tree.tips)):
+        path = tree.path(b)
+        own = len(path) - (len(np.intersect1d(path, tree.path(parts[-1][-1]))) if parts else 0)
+        if parts and size + own <= budget:
+            parts[-1].append(b)
+            size += own
+        else:
+            parts.append([b])
+            size = len(path)
+    return [_part(tree, branches) for branches in parts]
+
+
+def _part(tree: Tree, branches: list[int]) -> Tree:
+    """The subtree of some branches; tokens keep their order, so depth-first order stays."""
+    kept = np.unique(np.concatenate([tree.path(b) for b in branches]))
+    new = np.full(len(tree) + 1, -1, np.int32)
+    new[kept] = np.arange(len(kept), dtype=np.int32)
+    end = np.searchsorted(kept, tree.end[kept]).astype(np.int32)
+    mine = np.isin(tree.branch, branches)
+    order = {b: k for k, b in enumerate(branches)}
+    return Tree(
+        tree.ids[kept], tree.pos[kept], end, new[tree.tgt[mine]], new[tree.src[mine]], tree.weight[mine],
+        np.array([order[int(b)] for b in tree.branch[mine]], np.int32), new[tree.tips[branches]], tree.origin,
+    )  # fmt: skip
+
+
+def check_fits(trees: Iterable[Tree], context: int | None) -> None:
+    """Raise a DataError that names the first example whose longest path exceeds the model's context."""
+    for tree in trees:
+        if context and tree.depth > context:
+            raise DataError(
+                f"an example has {tree.depth} tokens and the model's context is {context}",
+                where=tree.origin,
+                do="drop long rows (drop: {longer_than: …, tokenizer: base}) or set max_length",
+            )
