@@ -19,10 +19,10 @@ from scipy.special import ndtr, ndtri
 
 from temper.types import Scores
 
-_ROUNDING = 1e-10  # of the metric's own size: sums of the same rows in another order differ by less
 Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., d] → [...]
 
 _CHUNK = 1 << 20  # numbers held at once while resampling (8 MB)
+_ROUNDING = 1e-10  # of the metric's own size: sums of the same rows in another order differ by less
 _UNDEFINED = 0.05  # share of resamples without a value beyond which there is no interval
 _POWER, _ALPHA = 0.8, 0.05  # of the smallest detectable difference
 
