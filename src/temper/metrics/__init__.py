@@ -1,4 +1,4 @@
-"""A metric is a pure function of `Outputs` alone: it reads no file, no recipe and no model, and sums nothing over rows.
+"""A metric is a pure function of `Outputs` and its own options, and gives statistics of single rows, never their sum.
 
 Adding one is one function in one file of this folder, and its file in the last line here:
 
