@@ -1,0 +1,64 @@
+"""Where and in which precision the arithmetic runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Literal
+
+import torch
+
+from temper.errors import ModelError, RecipeError
+
+Precision = Literal["auto", "float32", "bf16", "fp16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def setup(wanted: str, threads: int | None) -> torch.device:
+    """Choose the device, set the threads, and make arithmetic repeatable.
+
+    Raises:
+        RecipeError: a device that this machine lacks.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over all memory
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device «{wanted}» cannot be used: {str(error).splitlines()[0][:120]}", do="device: auto takes what is there") from None
+    return device
+
+
+def precision(wanted: Precision, device: torch.device) -> str:
+    """`auto` is bf16 where a GPU computes in it, else float32: a CPU's results should not depend on its extensions.
+
+    Raises:
+        ModelError: fp16 or bf16 that the device lacks.
+    """
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError("this GPU does not compute in bf16", do="precision: fp16 or float32")
+    return wanted
+
+
+def autocast(device: torch.device, kind: str) -> Any:
+    """Mixed precision for the forward pass; nothing at float32."""
+    if kind == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[kind])
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes of the GPU's memory since the last reset; None on a CPU, whose memory the pipeline watches."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,138 @@
+"""Models and tokenizers from folders and from the hub, with what went wrong said plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from temper.errors import ModelError
+from temper.hub import Source
+
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
+def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a model (an adapter's own where it has one).
+
+    Raises:
+        ModelError: there is none, or it has neither a padding nor an end token to pad with.
+    """
+    places = [a for a in reversed(source.adapters) if (Path(a) / "tokenizer_config.json").is_file()]
+    name, revision = (places[0], None) if places else (source.name, source.revision)
+    try:
+        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"no tokenizer could be loaded from {name}", where=_first_line(error), do="put tokenizer.json beside the weights") from None
+    if found.pad_token_id is None and found.eos_token_id is not None:
+        found.pad_token = found.eos_token  # only ever under a mask of zeros
+    return found
+
+
+def model(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A causal language model without its adapters, and notices worth telling.
+
+    Raises:
+        ModelError: encoder–decoders (padded layouts of their own), missing or unreadable weights, remote code.
+    """
+    notices: list[str] = []
+    try:
+        config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _explained(source, error) from None
+    if config.is_encoder_decoder:
+        raise ModelError(f"{source.name} is an encoder–decoder, and this stage trains decoder-only models", do="choose a causal language model")
+    if source.local and not list(Path(source.name).glob("*.safetensors")):
+        notices.append(f"{source.name} holds pickled weights only; they are read with torch.load(weights_only=True)")
+    wanted = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with _quiet():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                source.name,
+                config=config,
+                revision=source.revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **wanted,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise _explained(source, error) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source.name} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, …); they would be random",
+            do="is the download complete, and is it a causal language model?",
+        )
+    if info["unexpected_keys"]:
+        notices.append(f"{len(info['unexpected_keys'])} weights of {source.name} belong to no part of the language model and are left out")
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded, notices
+
+
+def end_ids(hf: PreTrainedModel) -> list[int]:
+    """Ids at which generation ends, as the model's generation settings have them."""
+    eos = hf.generation_config.eos_token_id if hf.generation_config is not None else None
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def context(hf: PreTrainedModel) -> int | None:
+    """The longest sequence the model takes, in tokens; None where nothing limits it."""
+    config = hf.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def save(hf: PreTrainedModel, tok: Any, folder: Path, *, ends: set[int] | None = None) -> None:
+    """transformers' format: safetensors, config, tokenizer, generation settings with the end tokens trained on."""
+    if ends and hf.generation_config is not None:
+        hf.generation_config.eos_token_id = sorted(ends | set(end_ids(hf)))
+        hf.generation_config.pad_token_id = tok.pad_token_id
+    with _quiet():
+        hf.save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def parameters(hf: torch.nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters."""
+    return sum(p.numel() for p in hf.parameters()), sum(p.numel() for p in hf.parameters() if p.requires_grad)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """transformers' own progress bars and load reports off: what matters is checked and said by us."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _explained(source: Source, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return ModelError(
+            f"{source.name} comes with Python code of its own, which Temper does not run by default",
+            do="if you trust its author: --set trust_remote_code=true",
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return ModelError(f"the configuration of {source.name} is not valid JSON", do="download it again")
+    return ModelError(f"{source.name} cannot be loaded", where=_first_line(error), do="is it complete, and of a kind that this transformers knows?")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
