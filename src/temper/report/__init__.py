@@ -1,0 +1,5 @@
+"""Reads run folders and writes pages: never a model, never a stage's folder, and nothing of temper but its errors."""
+
+from temper.report.page import build
+
+__all__ = ["build"]

@@ -1,0 +1,133 @@
+"""The files of a run folder as types: the reading side of docs/run-folder.md.
+
+Everything that may be absent has a default, so that a report can be made of a run that failed half-way; a value of
+the wrong type is a ValidationError, which the reader turns into a sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class ManifestStage(BaseModel):
+    name: str
+    kind: str = ""
+    key: str = ""
+    cached: bool = False
+    status: str = "done"  # done | skipped | failed | pending
+    error: str | None = None
+
+
+class Manifest(BaseModel):
+    recipe: str = ""
+    profile: str | None = None
+    seed: int | None = None
+    created: str = ""
+    command: list[str] = []
+    temper: str = ""
+    python: str = ""
+    packages: dict[str, str | None] = {}
+    hardware: dict[str, Any] = {}
+    git: dict[str, Any] | None = None
+    seconds: float | None = None
+    stages: list[ManifestStage] = []
+
+
+class StageInfo(BaseModel):
+    """stage.json, without the list of files."""
+
+    name: str = ""
+    kind: str = ""
+    version: int | None = None
+    key: str = ""
+    config: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    seconds: float | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    examples: int | None = None
+    trainable_parameters: int | None = None
+    parameters: int | None = None
+    steps: int | None = None
+    peak_memory_bytes: int | None = None
+    bytes_on_disk: int | None = None
+    warnings: list[str] = []
+    facts: dict[str, Any] = {}
+    summary: str | None = None
+
+
+class Card(BaseModel):
+    """card.json of a stage that makes data."""
+
+    source: str = ""
+    sha256: str | None = None
+    revision: str | None = None
+    rows_in: int | None = None
+    rows_out: int | None = None
+    splits: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    cut: int | None = None
+    lengths: dict[str, dict[str, dict[str, Any]]] = {}  # split → column → unit, min, median, p95, max
+    leaks: dict[str, Any] = {}
+    examples: list[dict[str, Any]] = []
+
+
+class Measured(BaseModel):
+    """One metric of one model."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    signature: str = ""
+    higher_is_better: bool | None = None
+
+
+class Comparison(BaseModel):
+    """difference = b − a."""
+
+    metric: str
+    a: str
+    b: str
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+    smallest_detectable: float | None = None
+
+
+class Spread(BaseModel):
+    """One metric of one model over seeds."""
+
+    values: list[float | None] = []
+    mean: float | None = None
+    sd: float | None = None
+
+
+class Evaluation(BaseModel):
+    """evaluation.json."""
+
+    data: dict[str, Any] = {}
+    decoding: dict[str, Any] = {}
+    rows: str | None = None
+    models: dict[str, dict[str, Measured]] = {}
+    comparisons: list[Comparison] = []
+    spread: dict[str, dict[str, Spread]] = {}
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics in the order in which they first appear; the first one is the main one."""
+        return list(dict.fromkeys(metric for measured in self.models.values() for metric in measured))
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        for measured in self.models.values():
+            if metric in measured:
+                return measured[metric].higher_is_better
+        return None
+
+    def row_count(self, comparison: Comparison) -> int | None:
+        measured = self.models.get(comparison.b, {}).get(comparison.metric)
+        return measured.n if measured and measured.n is not None else self.data.get("rows")

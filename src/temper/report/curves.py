@@ -1,0 +1,93 @@
+"""metrics.jsonl → small plots. Every number a stage logs is drawn; nobody has to register it here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from markupsafe import Markup
+
+from temper.report.phrases import compact
+from temper.report.plots import Series, lines
+
+AXES = {"step", "tokens", "seconds", "best"}  # written on every line; not curves
+NAMES = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
+FIRST, LAST = ["reward", "loss"], ["lr", "grad_norm", "tokens_per_second"]
+VALIDATION = "validation_"
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    legend: list[tuple[int, str]]  # colour, name
+    svg: Markup
+    note: str = ""
+
+
+def points(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) by rising step; a step logged twice (a resumed run) counts as it was logged last."""
+    found = {}
+    for line in metrics:
+        step, value = line.get("step"), line.get(key)
+        if _is_number(step) and _is_number(value):
+            found[float(step)] = float(value)
+    return sorted(found.items())
+
+
+def names(metrics: list[dict[str, Any]]) -> list[str]:
+    """The curves of a stage, `validation_x` going with `x`; in the order of reading."""
+    keys = dict.fromkeys(key for line in metrics for key, value in line.items() if _is_number(value))
+    plain = list(dict.fromkeys(key.removeprefix(VALIDATION) for key in keys if key not in AXES))
+
+    def rank(name: str) -> int:
+        if name in FIRST:
+            return FIRST.index(name)
+        return 100 + LAST.index(name) if name in LAST else 50
+
+    return sorted(plain, key=rank)
+
+
+def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
+    """The curves of one training stage."""
+    out = []
+    for name in names(metrics):
+        series, note = [], ""
+        if train := points(metrics, name):
+            series.append(Series(name, train, 1))
+        if validation := points(metrics, VALIDATION + name):
+            best = best_validation(metrics, name)
+            series.append(Series(f"validation {name}", validation, 2, dots=True, best=best))
+            if best:
+                note = f"best validation {name} {compact(best[1])} at step {compact(int(best[0]))}"
+        if lost := sum(1 for line in metrics if name in line and not _is_number(line[name])):
+            note = f"{note}; " * bool(note) + f"{lost} values are not finite and not drawn"
+        if series:
+            legend = [(s.colour, s.name) for s in series] if len(series) > 1 else []
+            title = NAMES.get(name, name)
+            out.append(Figure(title, legend, lines(series, f"{title} over steps"), note))
+    return out
+
+
+def overlaid(runs: list[tuple[str, list[dict[str, Any]]]]) -> list[Figure]:
+    """The curves of the same stage in several runs: solid for validation where there is one, else training."""
+    out = []
+    for name in dict.fromkeys(name for _, metrics in runs for name in names(metrics)):
+        validated = any(points(metrics, VALIDATION + name) for _, metrics in runs)
+        key = VALIDATION + name if validated else name
+        series = [Series(run, p, i, dots=validated) for i, (run, m) in enumerate(runs) if (p := points(m, key))]
+        if series:
+            title = NAMES.get(key, key.replace(VALIDATION, "validation "))
+            out.append(Figure(title, [(s.colour, s.name) for s in series], lines(series, f"{title} over steps")))
+    return out
+
+
+def best_validation(metrics: list[dict[str, Any]], name: str) -> tuple[float, float] | None:
+    """The last validation that was written as the best one (each new best is marked when it happens)."""
+    key = VALIDATION + name
+    marked = [line for line in metrics if line.get("best") is True and _is_number(line.get(key)) and "step" in line]
+    return (float(marked[-1]["step"]), float(marked[-1][key])) if marked else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,152 @@
+"""Plots as SVG that takes its colours from the page: readable in light and dark, on paper and without a network.
+
+Drawn by hand, not by matplotlib, because a page with a few dozen small plots should stay small and its text should
+be the page's own. Series colours are the classes c0 … c7 of page.css.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
+
+from temper.report.phrases import compact, number
+
+COLOURS = 8
+MOST_POINTS = 400  # of one line; beyond that, each bucket keeps its lowest and highest point
+
+
+@dataclass(frozen=True)
+class Series:
+    name: str
+    points: list[tuple[float, float]]  # x rising, finite
+    colour: int
+    dots: bool = False  # a dot a point: few and meaningful, such as validations
+    best: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A row of a dot-and-interval plot."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    colour: int
+    others: list[float] = field(default_factory=list)  # values of single seeds
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers that lie within [low, high].
+
+    >>> ticks(0.0, 1.0)
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def thin(points: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """Fewer points whose line still shows every spike."""
+    if len(points) <= most:
+        return points
+    out = []
+    width = 2 * len(points) / most
+    for k in range(most // 2):
+        bucket = points[int(k * width) : int((k + 1) * width)]
+        out += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
+    return out
+
+
+def lines(series: list[Series], title: str) -> Markup:
+    """Curves over steps. Width 360, height 190 units."""
+    left, right, top, bottom, width, height = 46, 350, 8, 164, 360, 190
+    xs = [x for s in series for x, _ in s.points]
+    ys = [y for s in series for _, y in s.points]
+    x_low, x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
+    y_low, y_high = _room(min(ys), max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - x_low) / (x_high - x_low) * (right - left),
+            bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
+        )
+
+    out = []
+    for tick in ticks(y_low, y_high):
+        _, y = place(x_low, tick)
+        out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(_label(left - 5, y + 3.5, compact(tick), "end"))
+    for tick in ticks(x_low, x_high):
+        x, _ = place(tick, y_low)
+        out.append(_label(min(x, right - 8), bottom + 16, compact(int(tick) if tick == int(tick) else tick), "middle"))
+    for s in series:
+        drawn = [place(x, y) for x, y in thin(s.points)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
+        out.append(f'<polyline class="line c{s.colour % COLOURS}" points="{path}"/>')
+        if s.dots or len(drawn) == 1:
+            for (x, y), (step, value) in zip(drawn, thin(s.points), strict=True):
+                tip = escape(f"{s.name}, step {compact(step)}: {compact(value)}")
+                out.append(_circle(x, y, 2.6, f"c{s.colour % COLOURS}", f"<title>{tip}</title>"))
+        if s.best:
+            x, y = place(*s.best)
+            out.append(_circle(x, y, 6, "ring"))
+    return _svg(width, height, title, out)
+
+
+def dots(rows: list[Dot], title: str, places: int, *, zero: bool = False) -> Markup:
+    """A dot and its interval a row; `zero` draws the line of no difference. Width 420 units."""
+    left, right, width, step = 128, 346, 420, 24
+    height = step * len(rows) + 24
+    known = [v for r in rows for v in (r.value, r.low, r.high, *r.others) if v is not None] + ([0.0] if zero else [])
+    low, high = _room(min(known), max(known))
+
+    def place(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    out = []
+    for tick in ticks(low, high):
+        x = place(tick)
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 20}"/>')
+        out.append(_label(x, height - 6, compact(tick), "middle"))
+    if zero:
+        out.append(f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="2" y2="{height - 20}"/>')
+    for i, row in enumerate(rows):
+        y = step * i + step / 2 + 2
+        kind = f"c{row.colour % COLOURS}"
+        short = row.label if len(row.label) <= 20 else row.label[:19] + "…"
+        out.append(f"<g><title>{escape(row.label)}</title>{_label(left - 10, y + 4, short, 'end', 'name')}</g>")
+        for other in row.others:
+            out.append(_circle(place(other), y + 6, 2.2, f"seed {kind}"))
+        if row.low is not None and row.high is not None:
+            x1, x2 = place(row.low), place(row.high)
+            out.append(f'<line class="line {kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>')
+        out.append(_circle(place(row.value), y, 4.5, kind))
+        out.append(_label(width - 4, y + 4, number(row.value, places, sign=zero), "end", "name"))
+    return _svg(width, height, title, out)
+
+
+def _room(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis, a little wider than the data."""
+    gap = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return low - gap, high + gap
+
+
+def _circle(x: float, y: float, radius: float, kind: str, inside: str = "") -> str:
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inside}</circle>'
+
+
+def _label(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, title: str, parts: list[str]) -> Markup:
+    start = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+    return Markup(start + "".join(parts) + "</svg>")
