@@ -1,0 +1,180 @@
+"""Dropping rows, each with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from temper.data.formats import normalised, prompt_of, text_of, texts
+from temper.data.near import near_duplicates
+from temper.errors import DataError
+from temper.types import Record, Row
+
+
+class Drop(BaseModel):
+    """Which rows are dropped. Lengths are in tokens where the stage has a tokenizer, otherwise in characters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    empty: bool = Field(True, description="drop rows in which a prompt, an answer or a text is blank")
+    longer_than: int | None = Field(None, ge=1, description="drop rows longer than this, prompt and answer together")
+    shorter_than: int | None = Field(None, ge=1, description="drop rows shorter than this, prompt and answer together")
+    duplicates: Literal["exact", "near", "off"] = Field(
+        "exact",
+        description="drop rows that repeat an earlier one: exact (but for case and spaces), near (also those that "
+        "share most word 5-grams with it) or off",
+    )
+    contains: list[str] = Field([], description="drop rows in which a text holds one of these, as written")
+    matches: list[str] = Field([], description="drop rows in which a text matches one of these regular expressions")
+    ratio: tuple[float, float] | None = Field(
+        None, description="keep only rows whose characters of completion / characters of prompt lie in [low, high]"
+    )
+    near_threshold: float = Field(
+        0.8, gt=0, le=1, description="the Jaccard similarity of word 5-grams from which rows are near duplicates"
+    )
+
+    @field_validator("contains")
+    @classmethod
+    def _not_blank(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty string is contained in every row")
+        return value
+
+    @field_validator("matches")
+    @classmethod
+    def _compiles(cls, value: list[str]) -> list[str]:
+        for i, pattern in enumerate(value):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"matches[{i}] = {pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Drop:
+        if self.longer_than and self.shorter_than and self.shorter_than > self.longer_than:
+            raise ValueError(f"shorter_than {self.shorter_than} and longer_than {self.longer_than} drop every row")
+        if self.ratio and not 0 <= self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {list(self.ratio)} must be [low, high] with 0 ≤ low ≤ high")
+        return self
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """Rows that stay, in order, and rows that went, each with why."""
+
+    kept: list[Record]
+    dropped: list[tuple[Record, str]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Dropped rows by reason, the most frequent first."""
+        return dict(Counter(reason for _, reason in self.dropped).most_common())
+
+
+def clean(records: Sequence[Record], drop: Drop, *, length: Callable[[Row], int] | None = None) -> Cleaned:
+    """Drop rows by `drop`; a row has the first reason that fits it, duplicates being looked for last.
+
+    A preference whose chosen equals its rejected is always dropped: it has no gradient.
+
+    Args:
+        length: of a row, in whatever unit `longer_than` and `shorter_than` mean; None: characters of all its text.
+
+    Raises:
+        DataError: nothing is left; says how many rows went for which reason, with an example of each.
+    """
+    patterns = [re.compile(pattern) for pattern in drop.matches]
+    reasons: dict[int, str] = {}
+    for i, record in enumerate(records):
+        reason = next(_reasons(record, drop, patterns, length), None)
+        if reason is not None:
+            reasons[i] = reason
+    rest = [i for i in range(len(records)) if i not in reasons]
+    reasons |= {rest[j]: reason for j, reason in _duplicates([records[i] for i in rest], drop).items()}
+    cleaned = Cleaned(
+        [record for i, record in enumerate(records) if i not in reasons],
+        [(records[i], reasons[i]) for i in sorted(reasons)],
+    )
+    if not cleaned.kept:
+        raise _nothing_left(cleaned)
+    return cleaned
+
+
+def _reasons(
+    record: Record, drop: Drop, patterns: list[re.Pattern[str]], length: Callable[[Row], int] | None
+) -> Iterator[str]:
+    row = record.row
+    found = texts(row)
+    if drop.empty and (not found or not all(text.strip() for text in found.values())):
+        yield "empty"
+    if "chosen" in row and "rejected" in row and (text_of(row["chosen"]) or "") == (text_of(row["rejected"]) or ""):
+        yield "chosen equals rejected"
+    for part in drop.contains:
+        if any(part in text for text in found.values()):
+            yield f"contains «{part}»"
+    for pattern in patterns:
+        if any(pattern.search(text) for text in found.values()):
+            yield f"matches «{pattern.pattern}»"
+    if drop.ratio is not None:
+        value = _ratio(record)
+        if not drop.ratio[0] <= value <= drop.ratio[1]:
+            yield "ratio too low" if value < drop.ratio[0] else "ratio too high"
+    if drop.longer_than is not None or drop.shorter_than is not None:
+        size = length(row) if length is not None else sum(len(text) for text in found.values())
+        if drop.longer_than is not None and size > drop.longer_than:
+            yield "too long"
+        if drop.shorter_than is not None and size < drop.shorter_than:
+            yield "too short"
+
+
+def _ratio(record: Record) -> float:
+    """Characters of the answer for one of the prompt."""
+    prompt, row = prompt_of(record.row), record.row
+    answer = text_of(row.get("completion", row.get("chosen")))
+    if answer is None and prompt is not None and "messages" in row:
+        answer = row["messages"][-1]["content"]
+    if answer is None or (prompt is None and "prompt" not in row):
+        raise DataError(
+            "drop.ratio compares a completion with its prompt, and this row has not both", where=record.where
+        )
+    return len(answer) / len(prompt) if prompt else float("inf")
+
+
+def _duplicates(records: list[Record], drop: Drop) -> dict[int, str]:
+    if drop.duplicates == "off":
+        return {}
+    found = [list(texts(record.row).items()) for record in records]
+    reasons: dict[int, str] = {}
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    for i, parts in enumerate(found):
+        key = tuple((name, normalised(text)) for name, text in parts)
+        if key in seen and key:
+            reasons[i] = "duplicate"
+        seen.add(key)
+    if drop.duplicates == "near":
+        rest = [i for i in range(len(records)) if i not in reasons]
+        joined = ["\n".join(text for _, text in found[i]) for i in rest]
+        for i, earlier in zip(rest, near_duplicates(joined, drop.near_threshold), strict=True):
+            if earlier is not None:
+                reasons[i] = "near duplicate"
+    return reasons
+
+
+def _nothing_left(cleaned: Cleaned) -> DataError:
+    if not cleaned.dropped:
+        return DataError("there are no rows to clean")
+    lines = []
+    for reason, count in list(cleaned.counts.items())[:3]:
+        example = next(record for record, why in cleaned.dropped if why == reason)
+        shown = "; ".join(f"{name}: {text[:80]!r}" for name, text in texts(example.row).items())
+        lines.append(f"{reason}: {count}, such as {example.where} ({shown or 'no text'})")
+    return DataError(
+        f"no row is left of {len(cleaned.dropped)}",
+        where="\n       ".join(lines),
+        do="loosen `drop`, or look at the source",
+    )

@@ -1,0 +1,309 @@
+"""Rows of any source → rows of TRL's dataset types, by templates.
+
+    prompt: "Summarise:\n{text}"       {column} is replaced by the row's value, {{ and }} are braces
+    completion: "{summary}"            a template that is one column alone keeps the value's type
+    messages: [{role: user, content: "{question}"}, {role: assistant, content: "{answer}"}]
+
+The types (https://huggingface.co/docs/trl/dataset_formats), by a row's columns:
+
+    language_modeling      text | messages
+    prompt_only            prompt
+    prompt_completion      prompt, completion
+    preference             chosen, rejected (prompt)
+    unpaired_preference    prompt, completion, label (true or false)
+
+`prompt`, `completion`, `chosen` and `rejected` are all text or all lists of messages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from temper.errors import DataError, RecipeError, nearest
+from temper.types import Record, Row
+
+TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+COLUMNS = (*TEXT_COLUMNS, "label")
+TYPES = ("language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference")
+ROLES = ("user", "assistant", "system", "tool")
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+
+
+class Column(str):
+    """A column's name inside a parsed template, apart from literal text."""
+
+
+Parsed = list[str]  # literal text and Columns, in order
+
+
+def parse(template: str, *, where: str = "") -> Parsed:
+    """A template cut into literal text and columns.
+
+    >>> parse("{{{text}}}: {n}")
+    ['{', 'text', '}: ', 'n']
+
+    Raises:
+        RecipeError: a brace that opens or closes nothing.
+    """
+    pieces: Parsed = [""]
+    position = 0
+
+    def literal(text: str) -> None:
+        if isinstance(pieces[-1], Column):
+            pieces.append("")
+        pieces[-1] += text
+
+    for match in _PIECE.finditer(template):
+        literal(template[position : match.start()])
+        position = match.end()
+        if match[1] is not None:
+            pieces.append(Column(match[1]))
+        elif match[0] in ("{{", "}}"):
+            literal(match[0][0])
+        else:
+            raise RecipeError(
+                f"a lone «{match[0]}» at character {match.start() + 1} of the template {template!r}",
+                where=where,
+                do="write {column} for a column, {{ and }} for braces",
+            )
+    literal(template[position:])
+    return [piece for piece in pieces if piece]
+
+
+def _parse_all(template: Any, where: str) -> Any:
+    """Strings inside lists and dictionaries parsed in place; a parsed one becomes a tuple."""
+    if isinstance(template, str):
+        return tuple(parse(template, where=where))
+    if isinstance(template, list):
+        return [_parse_all(part, f"{where}[{i}]") for i, part in enumerate(template)]
+    if isinstance(template, dict):
+        return {key: _parse_all(part, f"{where}.{key}") for key, part in template.items()}
+    return template
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # parquet made by pandas writes NaN
+
+
+def _column(record: Record, name: str, key: str) -> Any:
+    if name not in record.row:
+        have = ", ".join(record.row)
+        raise DataError(
+            f"template «{key}» asks for the column «{name}»; this row has: {have}",
+            where=record.where,
+            do=nearest(name, record.row),
+        )
+    return record.row[name]
+
+
+def _fill(parsed: Any, record: Record, key: str) -> Any:
+    if isinstance(parsed, list):
+        return [_fill(part, record, key) for part in parsed]
+    if isinstance(parsed, dict):
+        return {name: _fill(part, record, key) for name, part in parsed.items()}
+    if not isinstance(parsed, tuple):
+        return parsed
+    if len(parsed) == 1 and isinstance(parsed[0], Column):
+        value = _column(record, parsed[0], key)
+        return "" if _is_null(value) and key != "label" else value
+    out = []
+    for piece in parsed:
+        value = _column(record, piece, key) if isinstance(piece, Column) else piece
+        if isinstance(value, list | dict):
+            raise DataError(
+                f"column «{piece}» holds a {type(value).__name__}, which cannot stand inside the text of «{key}»",
+                where=record.where,
+                do=f'only the template "{{{piece}}}" alone can pass it on',
+            )
+        out.append("" if _is_null(value) else str(value))
+    return "".join(out)
+
+
+def _label(value: Any) -> Any:
+    """CSV knows only text: a label that reads as true, false or a number is one."""
+    if not isinstance(value, str):
+        return None if _is_null(value) else value
+    if value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def apply(
+    records: Sequence[Record],
+    templates: dict[str, Any],
+    types: Collection[str] | None = None,
+    *,
+    keep: Sequence[str] = (),
+) -> list[Record]:
+    """Rows made by `templates` and checked to be of one dataset type.
+
+    Args:
+        records: what a source gave.
+        templates: dataset column → template (text, or a list of messages with templates in them). Empty: the rows
+            are taken as they are and must already be of a dataset type.
+        types: dataset types that are allowed; None allows all.
+        keep: further columns to carry along, by name.
+
+    Raises:
+        RecipeError: an unknown template key, a lone brace, a kept column that a template also makes.
+        DataError: a row without a column, or that fits no allowed type, or another type than the first row.
+    """
+    for key in templates:
+        if key not in COLUMNS:
+            raise RecipeError(f"there is no dataset column «{key}» to make", do=nearest(key, COLUMNS))
+        if key in keep:
+            raise RecipeError(f"«{key}» is both kept and made by a template", do="take it out of `keep`")
+    parsed = {key: _parse_all(template, key) for key, template in templates.items()}
+    known = {name for record in records for name in record.row}
+    for name in keep:
+        if name not in known:
+            raise DataError(f"there is no column «{name}» to keep", do=nearest(name, known))
+    out: list[Record] = []
+    first = ""
+    for record in records:
+        row = {key: _fill(template, record, key) for key, template in parsed.items()} if parsed else dict(record.row)
+        if "label" in row:
+            row["label"] = _label(row["label"])
+        if parsed:
+            row |= {name: record.row.get(name) for name in keep}
+        kind = dataset_type(row, where=record.where)
+        first = first or kind
+        if kind != first:
+            raise DataError(f"the rows are {first} up to here, and this one is {kind}", where=record.where)
+        out.append(Record(row, record.where))
+    if first and types is not None and first not in types:
+        raise DataError(
+            f"these rows are {first}; what is needed: {' or '.join(types)}",
+            where=out[0].where,
+            do="give templates (prompt, completion, chosen, rejected, messages, text, label) that make such rows",
+        )
+    return out
+
+
+def dataset_type(row: Row, *, where: str = "") -> str:
+    """Which of TRL's dataset types a row is (see the top of this file).
+
+    >>> dataset_type({"prompt": "2+2?", "completion": "4", "source": "a book"})
+    'prompt_completion'
+
+    Raises:
+        DataError: no type fits, more than one fits, or a value is not what its type needs.
+    """
+    kind = _type_by_columns(row, where)
+    parts = [name for name in ("prompt", "completion", "chosen", "rejected") if name in row]
+    if kind == "language_modeling":
+        parts = ["messages"] if "messages" in row else ["text"]
+    for name in parts:
+        if name == "messages" or (isinstance(row[name], list) and name != "text"):
+            _check_messages(row[name], name, where)
+        elif not isinstance(row[name], str):
+            raise DataError(f"«{name}» is {type(row[name]).__name__}, not text", where=where)
+    if len({type(row[name]) for name in parts}) > 1:
+        raise DataError(f"{' and '.join(parts)}: some are text and some are messages", where=where)
+    if kind == "unpaired_preference" and (not isinstance(row["label"], int) or row["label"] not in (0, 1)):
+        raise DataError(
+            f"label = {row['label']!r}: beside a prompt and a completion it says true (good) or false (bad)",
+            where=where,
+        )
+    return kind
+
+
+def _type_by_columns(row: Row, where: str) -> str:
+    has = row.__contains__
+    if has("chosen") or has("rejected"):
+        if not (has("chosen") and has("rejected")):
+            raise DataError("a preference needs both chosen and rejected", where=where)
+        return "preference"
+    if has("completion"):
+        if not has("prompt"):
+            raise DataError("a completion needs its prompt", where=where, do="text without a prompt is `text`")
+        return "unpaired_preference" if has("label") else "prompt_completion"
+    found = [name for name in ("messages", "text", "prompt") if has(name)]
+    if len(found) == 1:
+        return "prompt_only" if found == ["prompt"] else "language_modeling"
+    if found:
+        raise DataError(
+            f"the row has {' and '.join(found)}: it is not clear what to train on",
+            where=where,
+            do=f'name one by a template, such as {found[0]}: "{{{found[0]}}}"',
+        )
+    raise DataError(
+        f"the row is of no dataset type; it has: {', '.join(row) or 'no columns'}",
+        where=where,
+        do='make one by templates, such as prompt: "{question}", completion: "{answer}"',
+    )
+
+
+def _check_messages(messages: Any, name: str, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"«{name}» must be a list of messages and not empty", where=where)
+    for i, message in enumerate(messages):
+        at = f"{name}[{i}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            keys = ", ".join(message) if isinstance(message, dict) else type(message).__name__
+            raise DataError(f"{at} must have role and content; it has: {keys}", where=where)
+        if message["role"] not in ROLES:
+            raise DataError(f"{at}: unknown role {message['role']!r}", where=where, do=f"roles: {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{at}: content is {type(message['content']).__name__}, not text", where=where)
+
+
+def text_of(value: Any) -> str | None:
+    """Text, or the contents of messages one after another; None for what is neither."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
+        return "\n".join(str(m["content"]) for m in value)
+    return None
+
+
+def texts(row: Row) -> dict[str, str]:
+    """A row's text by column: its dataset columns, or where it has none, whatever columns hold text."""
+    names = [name for name in TEXT_COLUMNS if name in row] or sorted(row)
+    found = {name: text_of(row[name]) for name in names}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def prompt_of(row: Row) -> str | None:
+    """What the model is asked: the prompt, or the conversation before the last answer; None where there is none."""
+    if "prompt" in row:
+        value = row["prompt"]
+    else:
+        value = row.get("messages", row.get("chosen"))
+        if isinstance(value, list) and value and isinstance(value[-1], dict):
+            value = value[:-1] if value[-1].get("role") == "assistant" else None
+        else:
+            value = None
+    text = text_of(value)
+    return text if text and text.strip() else None
+
+
+def normalised(text: str) -> str:
+    """Text for comparing: composed (NFC), caseless, with single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: NaN is null, what JSON does not know (dates, bytes) is its text."""
+    if isinstance(value, dict):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if _is_null(value):
+        return None
+    return value if isinstance(value, str | int | float) else str(value)
+
+
+def canonical(row: Row) -> str:
+    """A row as JSON that does not depend on the order of its columns."""
+    return json.dumps(plain(row), ensure_ascii=False, sort_keys=True, separators=(",", ":"))

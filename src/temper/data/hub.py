@@ -1,0 +1,68 @@
+"""Data sets of the Hugging Face hub, and what can go wrong on the way to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from temper.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(name: str, *, config: str | None, split: str | None, revision: str | None) -> tuple[Dataset, str | None]:
+    """The rows of one split and the revision (commit) they come from.
+
+    Without `split`: train, or the only split there is.
+
+    Raises:
+        DataError: out of reach, gated, made by a script, or without such a config or split.
+    """
+    import datasets  # takes seconds
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = datasets.load_dataset_builder(name, name=config, revision=revision)
+        builder.download_and_prepare()
+        known = list(builder.info.splits or {})
+        if split is None:
+            split = "train" if "train" in known else known[0] if len(known) == 1 else None
+        if split is None:
+            raise DataError(f"«{name}» has several splits: {', '.join(known)}", do="name one: split: …")
+        data: Any = builder.as_dataset(split=split)
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+        raise explain(error, name, config=config, split=split) from error
+    return data, builder.hash
+
+
+def explain(error: Exception, name: str, *, config: str | None = None, split: str | None = None) -> DataError:
+    """What the library's error means for a user. The library tells them apart by their texts alone."""
+    text = " ".join(str(error).split())
+    if "gated" in text:
+        return DataError(
+            f"«{name}» is gated: its owner wants to know who takes it",
+            do=f"accept the terms at https://huggingface.co/datasets/{name}, make a token at "
+            "https://huggingface.co/settings/tokens and set HF_TOKEN to it",
+        )
+    if "scripts are no longer supported" in text:
+        return DataError(
+            f"«{name}» is made by a loading script, which datasets 4 and later do not run",
+            do="take the hub's parquet conversion: revision: refs/convert/parquet",
+        )
+    if "BuilderConfig" in text or "Config name is missing" in text or "pick one among" in text:
+        what = f"has no config «{config}»" if config else "needs a config"
+        return DataError(f"«{name}» {what}", where=text, do="set config: to one of those named above")
+    if "nknown split" in text:
+        return DataError(f"«{name}» has no split «{split}»", where=text, do="set split: to one of those named above")
+    if isinstance(error, ConnectionError) or "offline" in text.lower():
+        return DataError(
+            f"the data set «{name}» cannot be reached on the Hugging Face hub",
+            where=text,
+            do="check the network; a local file or folder works too (write ./ before its name)",
+        )
+    if "doesn't exist on the Hub" in text:
+        return DataError(
+            f"there is no data set «{name}» on the Hugging Face hub, or it is private, and no such local folder",
+            do="check the name; a private one needs HF_TOKEN; a local path is taken from the recipe's folder",
+        )
+    return DataError(f"«{name}» cannot be loaded: {type(error).__name__}", where=text)
