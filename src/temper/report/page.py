@@ -137,6 +137,7 @@ def _evaluation(stage: Stage, colours: dict[str, int]) -> EvaluationView:
 
 
 def _panel(evaluation: Evaluation, metric: str, colours: dict[str, int]) -> Panel | None:
+    places = tables.places_of(evaluation)[metric]
     values = []
     for name, measured in evaluation.models.items():
         m = measured.get(metric)
@@ -144,21 +145,18 @@ def _panel(evaluation: Evaluation, metric: str, colours: dict[str, int]) -> Pane
             continue
         spread = evaluation.spread.get(name, {}).get(metric)
         seeds = [v for v in spread.values if v is not None] if spread else []
-        values.append(Dot(name, m.value, m.low, m.high, colours[name], seeds))
+        values.append(Dot(name, m.value, m.low, m.high, colours[name], phrases.number(m.value, places), seeds))
+    differences = []
+    for c in evaluation.comparisons:
+        if c.metric == metric and c.difference is not None:
+            text = phrases.number(c.difference, phrases.decimals([(c.low, c.high)]), sign=True)
+            differences.append(Dot(f"{c.b} − {c.a}", c.difference, c.low, c.high, colours.get(c.b, 0), text))
     if not values:
         return None
-    differences = [
-        Dot(f"{c.b} − {c.a}", c.difference, c.low, c.high, colours.get(c.b, 0))
-        for c in evaluation.comparisons
-        if c.metric == metric and c.difference is not None
-    ]
-    places = tables.places_of(evaluation)[metric]
-    title = f"{metric} {phrases.arrow(evaluation.higher_is_better(metric))}".strip()
-    finer = phrases.decimals([(d.low, d.high) for d in differences])
     return Panel(
-        title,
-        dots(values, f"{metric} of each model with 95 % intervals", places),
-        dots(differences, f"differences in {metric} with 95 % intervals", finer, zero=True) if differences else None,
+        f"{metric} {phrases.arrow(evaluation.higher_is_better(metric))}".strip(),
+        dots(values, f"{metric} of each model with 95 % intervals"),
+        dots(differences, f"differences in {metric} with 95 % intervals", zero=True) if differences else None,
     )
 
 

@@ -7,11 +7,12 @@ be the page's own. Series colours are the classes c0 … c7 of page.css.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from temper.report.phrases import compact, number
+from temper.report.phrases import compact
 
 COLOURS = 8
 MOST_POINTS = 400  # of one line; beyond that, each bucket keeps its lowest and highest point
@@ -35,6 +36,7 @@ class Dot:
     low: float | None
     high: float | None
     colour: int
+    text: str  # the value as it is written beside the row
     others: list[float] = field(default_factory=list)  # values of single seeds
 
 
@@ -53,6 +55,24 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_labels(values: list[float]) -> list[str]:
+    """The ticks of one axis, all written alike and short.
+
+    >>> tick_labels([0.0, 0.25, 0.5]), tick_labels([19000.0, 20000.0]), tick_labels([0.0, 0.0005])
+    (['0', '0.25', '0.50'], ['19k', '20k'], ['0', '5e-4'])
+    """
+    top = max(abs(v) for v in values)
+    if 0 < top < 0.005:
+        texts = [f"{v:.3g}" if v == 0 else f"{v:.3e}" for v in values]
+        texts = [re.sub(r"\.?0*e-0?", "e-", text) for text in texts]
+    else:
+        scale, letter = next(((s, x) for s, x in ((1e9, "B"), (1e6, "M"), (1e4, "k")) if top >= s), (1.0, ""))
+        scale = 1e3 if letter == "k" else scale
+        places = max((len(f"{v / scale:.6g}".partition(".")[2]) for v in values), default=0)
+        texts = ["0" if v == 0 else f"{v / scale:.{places}f}{letter}" for v in values]
+    return [text.replace("-", "−") if text.startswith("-") else text for text in texts]
+
+
 def thin(points: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """Fewer points whose line still shows every spike."""
     if len(points) <= most:
@@ -66,8 +86,8 @@ def thin(points: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tup
 
 
 def lines(series: list[Series], title: str) -> Markup:
-    """Curves over steps. Width 360, height 190 units."""
-    left, right, top, bottom, width, height = 46, 350, 8, 164, 360, 190
+    """Curves over steps. Width 290, height 176 units."""
+    left, right, top, bottom, width, height = 42, 284, 8, 150, 290, 176
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     x_low, x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
@@ -80,13 +100,15 @@ def lines(series: list[Series], title: str) -> Markup:
         )
 
     out = []
-    for tick in ticks(y_low, y_high):
+    y_ticks = ticks(y_low, y_high) if min(ys) < max(ys) else [min(ys)]
+    for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True):
         _, y = place(x_low, tick)
         out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(_label(left - 5, y + 3.5, compact(tick), "end"))
-    for tick in ticks(x_low, x_high):
+        out.append(_label(left - 5, y + 3.5, text, "end"))
+    x_ticks = ticks(x_low, x_high)
+    for tick, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x, _ = place(tick, y_low)
-        out.append(_label(min(x, right - 8), bottom + 16, compact(int(tick) if tick == int(tick) else tick), "middle"))
+        out.append(_label(min(x, right - 8), bottom + 16, text, "middle"))
     for s in series:
         drawn = [place(x, y) for x, y in thin(s.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
@@ -101,9 +123,9 @@ def lines(series: list[Series], title: str) -> Markup:
     return _svg(width, height, title, out)
 
 
-def dots(rows: list[Dot], title: str, places: int, *, zero: bool = False) -> Markup:
-    """A dot and its interval a row; `zero` draws the line of no difference. Width 420 units."""
-    left, right, width, step = 128, 346, 420, 24
+def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
+    """A dot and its interval a row; `zero` draws the line of no difference. Width 360 units."""
+    left, right, width, step = 110, 296, 360, 24
     height = step * len(rows) + 24
     known = [v for r in rows for v in (r.value, r.low, r.high, *r.others) if v is not None] + ([0.0] if zero else [])
     low, high = _room(min(known), max(known))
@@ -112,16 +134,17 @@ def dots(rows: list[Dot], title: str, places: int, *, zero: bool = False) -> Mar
         return left + (value - low) / (high - low) * (right - left)
 
     out = []
-    for tick in ticks(low, high):
+    marks = ticks(low, high)
+    for tick, text in zip(marks, tick_labels(marks), strict=True):
         x = place(tick)
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 20}"/>')
-        out.append(_label(x, height - 6, compact(tick), "middle"))
+        out.append(_label(x, height - 6, text, "middle"))
     if zero:
         out.append(f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="2" y2="{height - 20}"/>')
     for i, row in enumerate(rows):
         y = step * i + step / 2 + 2
         kind = f"c{row.colour % COLOURS}"
-        short = row.label if len(row.label) <= 20 else row.label[:19] + "…"
+        short = row.label if len(row.label) <= 16 else row.label[:15] + "…"
         out.append(f"<g><title>{escape(row.label)}</title>{_label(left - 10, y + 4, short, 'end', 'name')}</g>")
         for other in row.others:
             out.append(_circle(place(other), y + 6, 2.2, f"seed {kind}"))
@@ -129,7 +152,7 @@ def dots(rows: list[Dot], title: str, places: int, *, zero: bool = False) -> Mar
             x1, x2 = place(row.low), place(row.high)
             out.append(f'<line class="line {kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>')
         out.append(_circle(place(row.value), y, 4.5, kind))
-        out.append(_label(width - 4, y + 4, number(row.value, places, sign=zero), "end", "name"))
+        out.append(_label(width - 4, y + 4, row.text, "end", "name"))
     return _svg(width, height, title, out)
 
 

@@ -213,16 +213,16 @@ def rows_table(card: Card) -> Table:
         share = percent(n / card.rows_in) if card.rows_in else ""
         body.append([words(f"dropped: {reason}"), Cell(f"−{n:,}" if n else "0", share)])
     body.append([words("rows out"), Cell(count(card.rows_out))])
-    body += [[words(f"of these {split}"), Cell(count(n))] for split, n in card.splits.items()]
+    body += [[words(f"in {split}"), Cell(count(n))] for split, n in card.splits.items()]
     if card.cut is not None:
         body.append([words("cut short, not dropped"), Cell(count(card.cut))])
     leaks = card.leaks
     if leaks.get("checked"):
         for kind in ("exact", "near"):
             n = leaks.get(kind)
-            body.append([words(f"test rows also in train ({kind})"), Cell(count(n), mark="worse" if n else "")])
+            body.append([words(f"rows in more than one split ({kind})"), Cell(count(n), mark="worse" if n else "")])
     else:
-        body.append([words("test rows also in train"), words("not checked")])
+        body.append([words("rows in more than one split"), words("not checked")])
     return Table([words("rows"), Cell("count")], body)
 
 
