@@ -236,14 +236,13 @@ def _no_match(pattern: Path) -> DataError:
 
 
 def _missing(source: str, places: list[Path]) -> DataError:
-    """Where it was looked for, and the name in that folder (or in the first parent there is) that is nearest."""
-    for place in places:
-        folder = place.parent
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        names = [name for name in names if not name.startswith(".")][:50]
-        if names:
-            return DataError(f"there is no file {source}", where=f"looked in {folder}", do=nearest(place.name, names))
-    folder = places[0].parent
-    while not folder.is_dir():
-        folder = folder.parent
-    return DataError(f"there is no file {source}", where=f"of its path there is only {folder}")
+    """Names the deepest folder of the path that exists, and what in it is nearest to the next part of the path."""
+    place = places[0]
+    while not place.parent.is_dir():
+        place = place.parent
+    names = [path.name for path in sorted(place.parent.iterdir()) if not path.name.startswith(".")][:50]
+    return DataError(
+        f"there is no file {source}",
+        where=f"looked in {place.parent}" + (f", and from {Path.cwd()}" if len(places) > 1 else ""),
+        do=nearest(place.name, names) if names else "that folder is empty",
+    )
