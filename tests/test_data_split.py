@@ -212,6 +212,12 @@ def test_rows_that_parquet_cannot_hold(tmp_path):
     with pytest.raises(DataError) as caught:
         cards.write_rows(tmp_path / "x.parquet", mixed)
     assert "«a»" in caught.value.what and "str (f:2)" in caught.value.where
+    half = [Record({"a": json.loads('"\\ud83d"')}, "f:1")]
+    with pytest.raises(DataError, match="«a»"):
+        cards.write_rows(tmp_path / "x.parquet", half)
+    cards.write_dropped(tmp_path / "x.parquet", [(half[0], "broken")])
+    (kept,) = pyarrow.parquet.read_table(tmp_path / "x.parquet").column("row").to_pylist()
+    assert json.loads(kept) == half[0].row
     with pytest.raises(DataError, match=r"nothing\.parquet"):
         cards.read_rows(tmp_path / "nothing.parquet")
 

@@ -91,7 +91,7 @@ def write_rows(path: Path, records: Sequence[Record]) -> None:
 def _column(name: str, values: list[Any], records: Sequence[Record]) -> pyarrow.Array:
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError) as error:
+    except (pyarrow.ArrowException, OverflowError, UnicodeError) as error:  # UnicodeError: half a surrogate pair
         kinds: dict[str, str] = {}
         for record in records:
             kinds.setdefault(type(record.row.get(name)).__name__, record.where)
@@ -140,4 +140,4 @@ def write_dropped(path: Path, dropped: Sequence[tuple[Record, str]]) -> None:
 
 
 def _json(row: Row) -> str:
-    return json.dumps(plain(row), ensure_ascii=False)
+    return json.dumps(plain(row), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # half surrogates
