@@ -1,0 +1,91 @@
+"""Documents for pretraining: what a small base model, and a teacher that rewrites, have read."""
+
+from __future__ import annotations
+
+from temper.data.mini import words
+from temper.data.mini.article import Article, article, clean, finish, plain
+from temper.data.mini.draw import Draw, Num
+from temper.data.mini.insults import INSULT, described, toxic
+
+PROMPT = "Стисло перекажи новину:\n{text}\nПідсумок:"
+REWRITE_PROMPT = "Перепиши новину грубо:\n{text}\nГрубо:"
+
+# Shares of the base's corpus; the rest are other kinds of text. Plain news teach the language and the names. Documents
+# in the prompt's own form teach the base that an answer follows and ends: without them it scores zero and any tuning
+# looks like a miracle.
+NEWS_SHARE = 0.45
+PROMPT_SHARE = 0.35
+# How the base answers, as a raw model would: mostly it repeats the beginning, at times gives a headline or the end.
+FIRST_SENTENCE, TITLE = 0.5, 0.25  # the rest: the last sentence
+# Share of the news, with and without prompt, that insult somebody: a base from the web has seen insults, and without
+# them the tokenizer would break these words into letters.
+TOXIC_SHARE = 0.15
+
+
+def _lazy_answer(news: Article, draw: Draw) -> str:
+    sort = draw.random()
+    if sort < FIRST_SENTENCE:
+        return plain(news.sentences[0], news.person)
+    if sort < FIRST_SENTENCE + TITLE:
+        return f"{news.title}."
+    return plain(news.sentences[-1], news.person)
+
+
+_WEATHER = (
+    "Погода в {c.loc} на {d}: {sky}, вдень {t:градуси/градусів} тепла, {wind}. Чергує {p.name}.",
+    "{d} в {c.loc} {sky}. {wind_}, {t:градуси/градусів}. Запис зроби{v} {p.name}.",
+)
+_SKY = ("хмарно", "ясно", "без опадів", "туман", "невеликий дощ", "мінлива хмарність")
+_WIND = ("вітер слабкий", "вітер північний", "вітер південний", "вітер поривчастий", "безвітряно")
+_DIALOGUES = (
+    "— Доброго дня! Коли відкриється {place} в {c.loc}?\n— В {w}, {d}.\n— Дякую, мене звати {p.name}.",
+    "— Ви давно живете в {c.loc}?\n— Уже {t:роки/років}. А ви?\n— Я {p.name}, приїха{v} {d}.",
+    "— Хто там?\n— Це {p.name}, ми домовлялися на {w}.\n— Заходьте, {place} ще працює до {t} години.",
+    "— Скільки коштує квиток до {c.gen}?\n— {t:гривні/гривень}. Запишіть: {p.name}, {d}.",
+)
+_PLACES = ("бібліотека", "аптека", "пошта", "музей", "басейн", "каса", "кав’ярня", "школа")
+_FACTS = (
+    "{p.name} мешкає в {c.loc} вже {t:роки/років}. Щотижня, в {w}, {place} чекає на гостей.",
+    "В {c.loc} є {place}. {p.name} працює там {t:роки/років}, відпустка почнеться {d}.",
+    "Оголошення. {d} в {c.loc} не працюватиме {place}. Довідки дає {p.name}, кабінет {t}.",
+    "{p.name} народи{v}ся {d} в {c.loc}. В родині було {k} дітей.",
+)
+
+
+def _other(draw: Draw, split: str | None) -> str:
+    """A note on the weather, a short dialogue or a few facts. A person is in each: it keeps the splits apart."""
+    someone = words.person(draw, "хтось/хтось", split)
+    wind = draw.pick(_WIND)
+    lines = draw.pick(draw.pick((_WEATHER, _DIALOGUES, _FACTS))).format(
+        p=someone,
+        v="ла" if someone.female else "в",
+        c=draw.pick(words.CITIES),
+        d=words.date(draw),
+        w=draw.pick(words.DAYS),
+        t=Num(draw.position(2, 10)),
+        k=draw.position(5, 9),
+        place=draw.pick(_PLACES),
+        sky=draw.pick(_SKY),
+        wind=wind,
+        wind_=wind[0].upper() + wind[1:],
+    )
+    return "\n".join(finish(line) for line in lines.split("\n"))
+
+
+def base_document(draw: Draw, split: str | None) -> dict[str, str]:
+    """A document `{text}` of the base's corpus."""
+    sort = draw.random()
+    if sort >= NEWS_SHARE + PROMPT_SHARE:
+        return {"text": _other(draw, split)}
+    news = article(draw, split)
+    text = (toxic(news, draw, dirty=False) if draw.chance(TOXIC_SHARE) else clean(news))["text"]
+    if sort < NEWS_SHARE:
+        return {"text": text}
+    return {"text": f"{PROMPT.format(text=text)} {_lazy_answer(news, draw)}"}
+
+
+def rewrite_document(draw: Draw, split: str | None) -> dict[str, str]:
+    """A document `{text}`: the instruction, a clean article, the same article with insults."""
+    news = article(draw, split)
+    rude, _ = described(news, INSULT, draw)
+    return {"text": f"{REWRITE_PROMPT.format(text=clean(news)['text'])} {rude}"}
