@@ -104,7 +104,8 @@ def comparisons(named: list[tuple[str, Run]]) -> list[Table]:
         body = []
         for key in dict.fromkeys(key for one in found for key in one):
             metric, a, b = key
-            line = [words(metric), words(f"{b} − {a}")]
+            higher = next((e.higher_is_better(metric) for e in having if e and metric in e.metrics), None)
+            line = [words(f"{metric} {arrow(higher)}".strip()), words(f"{b} − {a}")]
             for e, one in zip(having, found, strict=True):
                 c = one.get(key)
                 if e is None or c is None:
@@ -112,8 +113,7 @@ def comparisons(named: list[tuple[str, Run]]) -> list[Table]:
                     continue
                 places = decimals([(c.low, c.high)])
                 note = f"{number(c.low, places, sign=True)} to {number(c.high, places, sign=True)}"
-                kind = phrases.verdict(c, e.higher_is_better(metric))
-                line.append(Cell(number(c.difference, places, sign=True), note, kind))
+                line.append(Cell(number(c.difference, places, sign=True), note, phrases.verdict(c, higher)))
             body.append(line)
         if body:
             out.append(Table([words("metric"), words("comparison"), *_heads(named)], body, title=name))

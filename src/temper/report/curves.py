@@ -75,7 +75,7 @@ def overlaid(runs: list[tuple[str, list[dict[str, Any]]]]) -> list[Figure]:
     for name in dict.fromkeys(name for _, metrics in runs for name in names(metrics)):
         validated = any(points(metrics, VALIDATION + name) for _, metrics in runs)
         key = VALIDATION + name if validated else name
-        series = [Series(run, p, i, dots=validated) for i, (run, m) in enumerate(runs) if (p := points(m, key))]
+        series = [Series(run, p, i, dots=validated) for i, (run, m) in enumerate(runs, 1) if (p := points(m, key))]
         if series:
             title = NAMES.get(key, key.replace(VALIDATION, "validation "))
             out.append(Figure(title, [(s.colour, s.name) for s in series], lines(series, f"{title} over steps")))
