@@ -1,0 +1,281 @@
+"""The one training loop.
+
+It knows micro-batches (rows of trees), a loss, and its `Terms`; no algorithm. All weights of an optimiser step are
+known before its first forward pass, so the loss is divided once, by their sum over all micro-batches: the result does
+not depend on how a batch was cut. Every step is a function of (state, seed, step), so a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from temper.engine import checkpoint, optim, tripwires
+from temper.engine.device import Precision, autocast
+from temper.losses import Terms
+from temper.models.scores import Policy
+from temper.pipeline import Job
+from temper.recipe import Config, detail
+from temper.run import write_atomic
+from temper.trees import Row, Tree, join, pack
+
+Loss = Callable[[torch.Tensor, torch.Tensor], Terms]
+
+
+class Training(Config):
+    """Fields that every training stage shares."""
+
+    epochs: float = detail(1.0, "Passes over the data; max_steps overrides it.", gt=0)
+    max_steps: int | None = detail(None, "Optimiser steps, whatever the number of epochs.", ge=1)
+    batch_size: int = detail(16, "Examples a micro-step; an optimiser step takes batch_size × accumulation of them.", ge=1)
+    accumulation: int = detail(1, "Multiplies batch_size. Memory is set by row_tokens alone; results do not depend on the cut.", ge=1)
+    row_tokens: int = detail(1024, "Tokens of one forward pass. A longer example has a row of its own.", ge=16)
+    lr: float = detail(1e-4, "Peak learning rate.", gt=0)
+    optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
+    schedule: str = detail("cosine", "cosine, linear or constant; see `temper list schedules`.")
+    warmup: float = detail(0.03, "Warm-up: steps, or a share of them when below 1.", ge=0)
+    weight_decay: float = detail(0.0, "Decoupled weight decay of matrices.", ge=0)
+    clip: float | None = detail(1.0, "Largest gradient norm; null: none.", gt=0)
+    precision: Precision = detail("auto", "float32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it, else float32.")
+    activation_checkpointing: bool = detail(False, "Recompute activations in the backward pass: less memory, a third more time.")
+    evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
+    keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
+    patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
+    checkpoint_every: int | None = detail(None, "Steps between checkpoints; null: by time, at most 5 % of it.", ge=1, affects_result=False)
+    keep_checkpoints: int = detail(2, "Newest checkpoints kept while training.", ge=1, affects_result=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Which examples each step takes: a new order every epoch, a function of the seed alone."""
+
+    trees: Sequence[Tree]
+    size: int
+    row_tokens: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.trees) // self.size)
+
+    def chosen(self, step: int) -> list[int]:
+        """Indices of the examples of a step, counted from 0."""
+        epoch, k = divmod(step, self.per_epoch)
+        return _order(self.seed, epoch, len(self.trees))[k * self.size : (k + 1) * self.size].tolist()
+
+    def rows(self, step: int) -> list[Row]:
+        """The micro-batches of a step."""
+        return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens)
+
+
+def rows_of(trees: Sequence[Tree], budget: int) -> list[Row]:
+    return [join([trees[i] for i in taken]) for taken in pack([len(t) for t in trees], budget)]
+
+
+@dataclasses.dataclass
+class Outcome:
+    steps: int
+    best: float | None
+    last_loss: float
+
+
+class Loop:
+    """Trains the trainable parameters of a policy in place."""
+
+    def __init__(
+        self,
+        job: Job,
+        policy: Policy,
+        loss: Loss,
+        batches: Batches,
+        training: Training,
+        precision: str,
+        validation: Sequence[Row] = (),
+        sample: Callable[[int], None] | None = None,
+    ) -> None:
+        self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
+        self.precision, self.validation, self.sample = precision, validation, sample
+        self.device = policy.device
+        self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
+        self.warmup = optim.warmup_steps(training.warmup, self.steps)
+        self.evaluate_every = training.evaluate_every or max(1, self.steps // 10)
+        self.optimizer = optim.optimizers.get(training.optimizer)(
+            optim.groups(policy.named_parameters(), training.lr, training.weight_decay)
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+        self.root = job.dir / "checkpoints"
+        self.metrics = job.dir / "metrics.jsonl"
+        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "trained_tokens": 0, "best": None, "best_step": None, "bad": 0, "stopped": False, "rates": []}
+
+    def warnings(self) -> list[str]:
+        return tripwires.before(
+            steps=self.steps, steps_per_epoch=self.batches.per_epoch, warmup=self.warmup, asked_epochs=self.training.max_steps is None and self.training.epochs < 1
+        )
+
+    def run(self) -> Outcome:
+        """From the last good checkpoint to the end.
+
+        Raises:
+            TrainingError: a loss or gradient that is no number, or a gradient of zero at the first step.
+        """
+        self._resume()
+        saved_at, save_took = time.perf_counter(), 0.0
+        loss = float("nan")
+        with self.job.progress(self.steps, "training", done=self.state["step"]) as bar:
+            while self.state["step"] < self.steps and not self.state["stopped"]:
+                loss = self._step()
+                step = self.state["step"]
+                bar(1, loss=f"{loss:.3f}")
+                if self.validation and (step % self.evaluate_every == 0 or step == self.steps):
+                    self._validate()
+                every = self.training.checkpoint_every
+                due = step % every == 0 if every else time.perf_counter() - saved_at > max(20.0, 20 * save_took)
+                if due or step == self.steps or self.state["stopped"]:
+                    began = time.perf_counter()
+                    self._save()
+                    saved_at, save_took = time.perf_counter(), time.perf_counter() - began
+        for text in tripwires.after(
+            schedule=self.training.schedule, rates=self.state["rates"], took=self.state["step"], planned=self.steps
+        ):
+            self.job.warn(text)
+        if self.training.keep_best and self.state["best_step"] not in (None, self.state["step"]):
+            checkpoint.read_weights(self.root / f"best-{self.state['best_step']}", self.policy)
+            self.job.say(f"kept the weights of step {self.state['best_step']} (validation loss {self.state['best']:.4f})")
+        self.job.counts.update(steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"])
+        return Outcome(self.state["step"], self.state["best"], loss)
+
+    def _step(self) -> float:
+        """One optimiser step; returns its loss."""
+        began = time.perf_counter()
+        step = self.state["step"]
+        torch.manual_seed((self.batches.seed * 1_000_003 + step) % 2**63)  # dropout is a function of the step
+        lr = self.training.lr * optim.schedules.get(self.training.schedule)(step, self.steps, self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rows = self.batches.rows(step)
+        loss = self.gradients(rows)
+        tripwires.check_loss(loss, step + 1, [t.origin for r in rows for t in r.trees], str(self.root))
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.training.clip or float("inf")))
+        if self.precision != "fp16":  # with loss scaling an overflow skips the step and lowers the scale
+            tripwires.check_gradient(norm, step + 1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(r.ids) for r in rows)
+        self.state["step"] = step + 1
+        self.state["tokens"] += tokens
+        self.state["trained_tokens"] += sum(len(r.tgt) for r in rows)
+        self.state["rates"] = [*self.state["rates"][:2], lr]
+        took = time.perf_counter() - began
+        line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": self.state["tokens"]}
+        self._log({**line, "tokens_per_second": round(tokens / took, 1), "seconds": round(self.job.seconds(), 2)})
+        return loss
+
+    def gradients(self, rows: Sequence[Row]) -> float:
+        """Add the gradients of one optimiser step's rows, and return its loss."""
+        divisor = float(sum(r.weight.sum(dtype=torch.float64) for r in rows))
+        self.policy.train()
+        total = 0.0
+        for row in rows:
+            row = row.to(self.device)
+            with autocast(self.device, self.precision):
+                terms = self.loss(self.policy(row), row.weight)
+            part = (terms.values * terms.weights).sum() / divisor
+            self.scaler.scale(part).backward()
+            total += float(part.detach())
+        return total
+
+    def validation_loss(self) -> float:
+        """Mean loss a trained token over the validation rows, dropout off."""
+        self.policy.eval()
+        total = weight = 0.0
+        with torch.no_grad(), autocast(self.device, self.precision):
+            for row in self.validation:
+                row = row.to(self.device)
+                terms = self.loss(self.policy(row), row.weight)
+                total += float((terms.values * terms.weights).sum(dtype=torch.float64))
+                weight += float(terms.weights.sum(dtype=torch.float64))
+        return total / weight
+
+    def _validate(self) -> None:
+        value, step = self.validation_loss(), self.state["step"]
+        best = self.state["best"] is None or value < self.state["best"]
+        self._log({"step": step, "validation_loss": value, "best": best})
+        if best:
+            self.state.update(best=value, best_step=step, bad=0)
+            if self.training.keep_best:
+                checkpoint.write(self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value})
+                checkpoint.forget_bests(self.root, but=step)
+        else:
+            self.state["bad"] += 1
+            self.state["stopped"] = self.training.patience is not None and self.state["bad"] >= self.training.patience
+        if self.sample is not None:
+            self.sample(step)
+
+    def _save(self) -> None:
+        state = {**self.state, "scaler": self.scaler.state_dict()}
+        checkpoint.write(self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state)
+        checkpoint.retain(self.root, self.training.keep_checkpoints)
+        self.job.save_clock()
+
+    def _resume(self) -> None:
+        found = self._last_good()
+        if found is None:
+            self.metrics.unlink(missing_ok=True)
+            return
+        folder, state = found
+        checkpoint.read_weights(folder, self.policy)
+        checkpoint.read_optimizer(folder, self.optimizer)
+        self.scaler.load_state_dict(state.pop("scaler"))
+        self.state = state
+        self._forget_metrics_after(state["step"])
+        self.job.say(f"goes on from step {self.state['step']}")
+
+    def _last_good(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint whose best weights are there too, or will be made again on the way on."""
+        while (found := checkpoint.latest(self.root, self.job.warn)) is not None:
+            folder, state = found
+            whole = [b for b in checkpoint.bests(self.root) if checkpoint.problem(b) is None]
+            if not self.training.keep_best or state["best_step"] is None:
+                return found
+            # a best later than this checkpoint will be met again: the same steps give the same weights
+            if any(_number(b) == state["best_step"] or _number(b) > state["step"] for b in whole):
+                return found
+            self.job.warn(f"the best weights (step {state['best_step']}) are damaged or gone; going back before {folder.name}")
+            shutil.rmtree(folder)
+        return None
+
+    def _forget_metrics_after(self, step: int) -> None:
+        if self.metrics.exists():
+            kept = []
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line may have been cut by the kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+            write_atomic(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def _log(self, line: dict[str, Any]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)

@@ -1,0 +1,51 @@
+"""What would end well and leave a wrong model: found before the first step, or at the last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from temper.errors import TrainingError
+
+
+def before(*, steps: int, steps_per_epoch: int, warmup: int, asked_epochs: bool) -> list[str]:
+    """Warnings on a plan of steps."""
+    out = []
+    if steps < steps_per_epoch and not asked_epochs:
+        out.append(f"the run ends after {steps} steps, before the first epoch is through ({steps_per_epoch} steps): part of the data is never seen")
+    if warmup and warmup >= steps:
+        out.append(f"warm-up takes {warmup} steps and the run has {steps}: the learning rate never reaches its value")
+    return out
+
+
+def after(*, schedule: str, rates: Sequence[float], took: int, planned: int) -> list[str]:
+    """Warnings on what a finished run did."""
+    out = []
+    if schedule != "constant" and len(rates) > 2 and max(rates) == min(rates):
+        out.append(f"the schedule «{schedule}» never moved the learning rate from {rates[0]:g}")
+    if took < planned:
+        out.append(f"stopped early after {took} of {planned} steps: validation did not improve")
+    return out
+
+
+def check_loss(value: float, step: int, origins: Sequence[str], checkpoints: str) -> None:
+    """Stop at a loss that is no number, and name the batch."""
+    if math.isfinite(value):
+        return
+    rows = ", ".join(origins[:6]) + (f" and {len(origins) - 6} more" if len(origins) > 6 else "")
+    raise TrainingError(
+        f"the loss of step {step} is {value}",
+        where=f"rows of the batch: {rows}",
+        do=f"lower lr, or use precision: float32 or bf16; look at these rows. The last good checkpoint is kept in {checkpoints}",
+    )
+
+
+def check_gradient(norm: float, step: int) -> None:
+    """Stop when nothing can be learnt, or everything would be lost."""
+    if norm == 0 and step == 1:
+        raise TrainingError(
+            "the gradient of the first step is exactly zero: nothing that is trained has an influence on the loss",
+            do="check adapter targets, and that rows have a trained part",
+        )
+    if not math.isfinite(norm):
+        raise TrainingError(f"the gradient norm of step {step} is {norm}", do="lower lr, or use precision: float32 or bf16")

@@ -1,0 +1,128 @@
+"""data: rows from a source, mapped, cleaned, split and checked for leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from temper.data import sources
+from temper.data.card import card, write_dropped, write_rows
+from temper.data.chat import Format
+from temper.data.clean import Drop, clean
+from temper.data.formats import apply, texts
+from temper.data.split import Splits, leaks, split
+from temper.models import load
+from temper.pipeline import Job
+from temper.recipe import ModelRef, Stage, detail, stages
+from temper.run import write_json
+from temper.types import Record
+
+TEMPLATES = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label")
+
+
+@stages.register("data")
+class Data(Stage):
+    """Rows of one of TRL's dataset types, in three splits."""
+
+    kind = "data"
+    gives = "data"
+
+    source: str = detail(..., "A file, a pattern, a folder (csv, tsv, json, jsonl, parquet, txt, also .gz), mini:NAME, or a hub id.")
+    config: str | None = detail(None, "Configuration of a hub data set.")
+    split: str | None = detail(None, "Which split of the source to read; null: train where a hub data set has it.")
+    revision: str | None = detail(None, "Commit, tag or branch of a hub data set.")
+    encoding: str = detail("utf-8", "Encoding of local text files.")
+    take: int | None = detail(None, "At most so many rows, drawn by the seed; for mini sets how many to make.", ge=1)
+
+    prompt: str | list[Any] | None = detail(None, "Template of the prompt: text with {column} in it, or a list of messages.")
+    completion: str | list[Any] | None = detail(None, "Template of the answer.")
+    chosen: str | list[Any] | None = detail(None, "Template of the preferred answer.")
+    rejected: str | list[Any] | None = detail(None, "Template of the other answer.")
+    messages: str | list[Any] | None = detail(None, "Template of a conversation; «{column}» takes a column that holds one.")
+    text: str | None = detail(None, "Template of plain text.")
+    label: str | None = detail(None, "Template of a label.")
+    keep: list[str] = detail([], "Further columns to carry along (rewards and reports can read them).")
+    format: Format = detail(Format(), "How prompts and answers are written out for a model, in training and at inference.")
+
+    drop: Drop = detail(Drop(), "Which rows are dropped, each with a counted reason.")
+    tokenizer: ModelRef | None = detail(None, "Count lengths in this model's tokens (base, or a model); null: in characters.")
+    validation: float | int | str = detail(0.05, "A share, a number of rows, or another source (split:NAME: another split of this one).")
+    test: float | int | str = detail(0.1, "A share, a number of rows, or another source (split:NAME: another split of this one).")
+    group: str | None = detail(None, "Rows with the same value in this column stay in one split.")
+    near_leaks: bool = detail(True, "Also look for test rows that nearly stand in train.")
+
+    def fingerprint(self, folder: Path) -> dict[str, Any]:
+        named = {"source": (self.source, self.split)}
+        for name in ("validation", "test"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                named[name] = (self.source, value[6:]) if value.startswith("split:") else (value, None)
+        return {k: sources.fingerprint(source, folder, split=part) for k, (source, part) in named.items()}
+
+    def run(self, job: Job) -> None:
+        length, unit = self._length(job)
+        source = self._read(job, self.source, self.split, self.take)
+        mapped = {"train": self._mapped(source.records)}
+        for name in ("validation", "test"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                other = self._read(job, *((self.source, value[6:]) if value.startswith("split:") else (value, None)), None)
+                mapped[name] = self._mapped(other.records)
+        dropped: list[tuple[Record, str]] = []
+        splits: Splits = {}
+        for name, records in mapped.items():
+            cleaned = clean(records, self.drop, length=(lambda row: sum(length(t) for t in texts(row).values())) if unit == "tokens" else None)
+            dropped += cleaned.dropped
+            splits[name] = cleaned.kept
+        sizes = {n: v if not isinstance(v := getattr(self, n), str) else 0 for n in ("validation", "test")}
+        own = split(splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group)
+        splits = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
+        found = leaks(splits, near=self.near_leaks)
+        (job.dir / "data").mkdir(exist_ok=True)
+        for name, records in splits.items():
+            if records:
+                write_rows(job.dir / "data" / f"{name}.parquet", records)
+        write_dropped(job.dir / "data" / "dropped.parquet", dropped)
+        described = card(source, splits, dropped, found, length=length, unit=unit)
+        described["rows_in"] = sum(len(r) for r in mapped.values())
+        write_json(job.dir / "card.json", described)
+        job.counts["examples"] = described["rows_out"]
+        self._report(job, described, found)
+
+    def _report(self, job: Job, described: dict[str, Any], found: Any) -> None:
+        gone = ", ".join(f"{n:,} {reason}" for reason, n in described["dropped"].items()) or "none dropped"
+        parts = ", ".join(f"{name} {n:,}" for name, n in described["splits"].items())
+        job.summary = f"rows: {described['rows_in']:,} in, {described['rows_out']:,} out ({gone})\nsplits: {parts}"
+        job.say(job.summary)
+        if found.exact or found.near or found.prompts:
+            first = found.examples[0]
+            job.warn(
+                f"validation or test rows also stand in train: {found.exact} exactly, {found.near} nearly, {found.prompts} with the same prompt "
+                f"(for example {first['where']} and {first['train']}); a test would measure memory. "
+                "drop: {duplicates: near}, or group: COLUMN, keeps them apart"
+            )
+
+    def _read(self, job: Job, name: str, part: str | None, rows: int | None) -> sources.Source:
+        return sources.read(
+            name, config=self.config, split=part, revision=self.revision, encoding=self.encoding, base=job.recipe.folder, rows=rows, seed=job.recipe.seed
+        )
+
+    def _mapped(self, records: list[Record]) -> list[Record]:
+        templates = {name: getattr(self, name) for name in TEMPLATES if getattr(self, name) is not None}
+        return apply(records, templates, keep=self.keep)
+
+    def _length(self, job: Job) -> tuple[Callable[[str], int], str]:
+        """Length of a text, and its unit."""
+        if self.tokenizer is None:
+            return len, "characters"
+        tokenizer = load.tokenizer(job.model(self.tokenizer), trust_remote_code=job.recipe.trust_remote_code)
+        known: dict[str, int] = {}
+
+        def count(text: str) -> int:
+            if text not in known:
+                known[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            return known[text]
+
+        return count, "tokens"
+

@@ -1,0 +1,257 @@
+"""evaluate: several models on the same rows, with intervals and paired tests."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from pydantic import field_validator
+
+from temper import metrics, statistics
+from temper.data.card import read_rows
+from temper.data.chat import Encoded, Encoder
+from temper.engine import device as devices
+from temper.engine.loop import rows_of
+from temper.errors import DataError
+from temper.models import adapters, load
+from temper.models.scores import Policy
+from temper.pipeline import Job
+from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
+from temper.rollouts.fallback import Decoding, generate
+from temper.run import read_json, write_json
+from temper.stages.sft import fingerprint, format_of, tree_of
+from temper.stages.training import settle
+from temper.types import Outputs, Record, Scores
+
+
+@stages.register("evaluate")
+class Evaluate(Stage):
+    """Scores with intervals for every model, and paired comparisons with the first and with the one before."""
+
+    kind = "evaluate"
+    reads_replicas = True
+
+    models: list[ModelRef] = detail(..., "What is compared, in order: stages, base, folders or hub ids.", min_length=1)
+    data: DataRef = detail(..., "STAGE or STAGE.SPLIT; without a split: test.")
+    metrics: list[str | dict[str, Any]] = detail(["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1)
+    take: int | None = detail(None, "Only the first so many rows.", ge=1)
+    decoding: Decoding = detail(Decoding(), "How answers are decoded.")
+    batch_size: int = detail(32, "Answers decoded together.", ge=1, affects_result=False)
+    row_tokens: int = detail(2048, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False)
+    precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto.")
+    attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
+    resamples: int = detail(10_000, "Bootstrap and permutation resamples.", ge=100)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        metrics.read(value)  # an unknown metric is told before hours of training, not after
+        return value
+
+    def run(self, job: Job) -> None:
+        records = self._records(job)
+        named = {ref: ref for ref in self.models}
+        copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
+        outputs: dict[str, Outputs] = {}
+        for name in [*named, *copies]:
+            outputs[name] = self._answers(job, name, records)
+        scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
+        self._check_units(job, outputs)
+        self._write_rows(job, outputs, {n: scores[n] for n in self.models})
+        entry = {
+            "data": {"name": self._split_name(), "rows": len(records), "sha256": _content(records)},
+            "decoding": self.decoding.model_dump(),
+            "rows": f"{job.name}/rows.parquet",
+            "models": {n: self._values(scores[n], job.seed) for n in self.models},
+            "comparisons": self._comparisons(scores, job.seed),
+            "spread": _spread(scores, copies),
+        }
+        write_json(job.dir / "evaluation.json", entry)
+        for leftover in job.dir.glob("answers-*.json"):
+            leftover.unlink()
+        job.counts["examples"] = len(records)
+        self._say(job, entry)
+
+    def _split_name(self) -> str:
+        return self.data if "." in self.data else f"{self.data}.test"
+
+    def _records(self, job: Job) -> list[Record]:
+        path = job.rows(self.data, "test")
+        if path is None:
+            raise DataError(f"{self._split_name()} has no rows", do="give that data stage a larger test (or validation) split")
+        records = read_rows(path)[: self.take]
+        for name in self.models:
+            if name in job.inputs and (job.inputs[name].path / "trained_on.npy").is_file():
+                seen = set(np.load(job.inputs[name].path / "trained_on.npy").tolist())
+                known = [r for r in records if fingerprint(r) in seen]
+                if known:
+                    job.warn(
+                        f"{len(known)} of {len(records)} test rows stand in the training data of {name} (the first: {known[0].where}); "
+                        "its scores measure memory there"
+                    )
+        return records
+
+    def _answers(self, job: Job, name: str, records: list[Record]) -> Outputs:
+        """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
+        kept = job.dir / f"answers-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
+        if kept.is_file():
+            return _outputs(read_json(kept))
+        device = devices.setup(job.recipe.device, job.recipe.threads)
+        precision = devices.precision(self.precision, device)
+        source = job.model(name)
+        trust = job.recipe.trust_remote_code
+        tokenizer = load.tokenizer(source, trust_remote_code=trust)
+        dtype = devices.DTYPES[precision] if device.type == "cuda" else torch.float32
+        hf, notices = adapters.open_model(source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust)
+        for notice in notices:
+            job.warn(notice)
+        policy = Policy(hf)
+        encoder = Encoder(tokenizer, format_of(job, self.data), end_ids=load.end_ids(policy.inner))
+        encoded = encoder.encode(records)
+        context = load.context(policy.inner) or 10**9
+        out: dict[str, Any] = {
+            "prompts": [encoder.prompt_text(r.row) for r in records],
+            "references": [encoder.reference_text(r.row) for r in records],
+            "predictions": [""] * len(records),
+            "ended": [True] * len(records),
+            "nll": None,
+            "tokens": None,
+        }
+        if metrics.needs_text(self.metrics):
+            prompts = encoder.prompts(records)
+            for record, prompt in zip(records, prompts, strict=True):
+                if len(prompt) + self.decoding.max_new_tokens > context:
+                    raise DataError(
+                        f"a prompt of {len(prompt)} tokens and an answer of up to {self.decoding.max_new_tokens} do not fit the context of {name} ({context})",
+                        where=record.where,
+                        do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
+                    )
+            with job.progress(len(prompts), f"{name} answers") as bar, devices.autocast(device, precision):
+                answers = generate(
+                    hf, prompts, self.decoding, end_ids=sorted(encoder.end_ids), pad_id=tokenizer.pad_token_id,
+                    batch_size=self.batch_size, seed=job.seed, progress=bar,
+                )  # fmt: skip
+            out["predictions"] = [t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)]
+            out["ended"] = [a.ended for a in answers]
+        if metrics.needs_likelihood(self.metrics):
+            settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
+            out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
+        write_json(kept, out)
+        return _outputs(out)
+
+    def _likelihood(self, policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str) -> tuple[list[float], list[int]]:
+        """Summed negative log-likelihood of each answer, and its number of tokens."""
+        for e in encoded:
+            if len(e.ids) > context:
+                raise DataError(f"a row of {len(e.ids)} tokens exceeds the context of {name} ({context})", where=e.where, do="drop: {longer_than: …} in the data stage")
+        trees = [tree_of(e) for e in encoded]
+        place = {id(t): k for k, t in enumerate(trees)}
+        nll, tokens = [0.0] * len(trees), [len(t.tgt) for t in trees]
+        policy.eval()
+        with torch.no_grad(), devices.autocast(policy.device, precision):
+            for row in rows_of(trees, self.row_tokens):
+                sums = torch.zeros(len(row.trees), dtype=torch.float64)
+                sums.index_add_(0, row.branch, -policy(row.to(policy.device)).double().cpu())
+                for tree, value in zip(row.trees, sums.tolist(), strict=True):
+                    nll[place[id(tree)]] = value
+        return nll, tokens
+
+    def _check_units(self, job: Job, outputs: dict[str, Outputs]) -> None:
+        """Loss and perplexity count in tokens: two tokenizers are two units."""
+        first = next(iter(outputs.values()))
+        for name, out in outputs.items():
+            if out.tokens is not None and first.tokens is not None and not np.array_equal(out.tokens, first.tokens):
+                job.warn(f"loss and perplexity of {name} and {self.models[0]} count different tokens and cannot be compared: their tokenizers differ")
+
+    def _values(self, scores: dict[str, Scores], seed: int) -> dict[str, Any]:
+        out = {}
+        for metric, s in scores.items():
+            bounds = statistics.interval(s, seed=seed, resamples=self.resamples)
+            low, high = bounds if bounds is not None else (None, None)
+            out[metric] = {
+                "value": _number(s.value), "low": _number(low), "high": _number(high), "n": len(s.rows),
+                "signature": s.signature, "higher_is_better": s.higher_is_better,
+            }  # fmt: skip
+        return out
+
+    def _comparisons(self, scores: dict[str, dict[str, Scores]], seed: int) -> list[dict[str, Any]]:
+        """Each model against the first and against the one before it, adjusted together (Holm)."""
+        first = [(self.models[0], b) for b in self.models[1:]]
+        before = [pair for pair in itertools.pairwise(self.models) if pair not in first]
+        out: list[dict[str, Any]] = []
+        for a, b in first + before:
+            for metric, ours in scores[a].items():
+                if ours.signature != scores[b][metric].signature:
+                    continue
+                c = statistics.compare(ours, scores[b][metric], seed=seed, resamples=self.resamples)
+                out.append(
+                    {"metric": metric, "a": a, "b": b, "difference": _number(c.difference), "low": _number(c.low), "high": _number(c.high),
+                     "p": _number(c.p), "p_adjusted": None, "smallest_detectable": _number(c.smallest_detectable)}
+                )  # fmt: skip
+        for line, p in zip(out, statistics.holm([line["p"] for line in out]), strict=True):
+            line["p_adjusted"] = _number(p)
+        return out
+
+    def _write_rows(self, job: Job, outputs: dict[str, Outputs], scores: dict[str, dict[str, Scores]]) -> None:
+        first = outputs[self.models[0]]
+        table: dict[str, Any] = {"id": list(range(len(first.references))), "prompt": first.prompts, "reference": first.references}
+        for name in self.models:
+            table[f"{name}|prediction"] = outputs[name].predictions
+            table[f"{name}|ended"] = outputs[name].ended
+            for metric, s in scores[name].items():
+                table[f"{name}|{metric}"] = np.asarray(s.rows, dtype=np.float64)
+        pyarrow.parquet.write_table(pyarrow.table(table), job.dir / "rows.parquet")
+
+    def _say(self, job: Job, entry: dict[str, Any]) -> None:
+        lines = []
+        for name, values in entry["models"].items():
+            shown = "  ".join(f"{m} {_shown(v)}" for m, v in values.items())
+            lines.append(f"{name}: {shown}")
+        for c in entry["comparisons"]:
+            if c["difference"] is not None and c["p_adjusted"] is not None and c["low"] is not None:
+                lines.append(f"{c['b']} − {c['a']}, {c['metric']}: {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}), adjusted p {c['p_adjusted']:.2g}")
+        job.summary = "\n".join(lines)
+        job.say(job.summary)
+
+
+def _shown(v: dict[str, Any]) -> str:
+    if v["value"] is None:
+        return "–"
+    return f"{v['value']:.3f}" + (f" ({v['low']:.3f}–{v['high']:.3f})" if v["low"] is not None else "")
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no nan."""
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _outputs(raw: dict[str, Any]) -> Outputs:
+    return Outputs(
+        raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
+        None if raw["nll"] is None else np.array(raw["nll"], np.float64),
+        None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
+    )  # fmt: skip
+
+
+def _content(records: list[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(sorted(record.row.items())).encode())
+    return digest.hexdigest()
+
+
+def _spread(scores: dict[str, dict[str, Scores]], copies: dict[str, str]) -> dict[str, Any]:
+    """Values over the seeds of stages that were trained several times."""
+    out: dict[str, Any] = {}
+    for name in dict.fromkeys(copies.values()):
+        family = [name, *(c for c, of in copies.items() if of == name)]
+        out[name] = {}
+        for metric in scores[name]:
+            values = [scores[n][metric].value for n in family]
+            out[name][metric] = {"values": values, "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+    return out

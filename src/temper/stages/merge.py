@@ -1,0 +1,34 @@
+"""merge: fold an adapter into its base, as a stage of its own."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from temper.engine import device as devices
+from temper.errors import ModelError
+from temper.models import adapters, load
+from temper.pipeline import Job
+from temper.recipe import ModelRef, Stage, detail, stages
+
+
+@stages.register("merge")
+class Merge(Stage):
+    """The whole model that an adapter and its base stand for."""
+
+    kind = "merge"
+    gives = "model"
+
+    model: ModelRef = detail(..., "A stage or folder that holds an adapter.")
+
+    def run(self, job: Job) -> None:
+        device = devices.setup(job.recipe.device, job.recipe.threads)
+        source = job.model(self.model)
+        hf, notices = adapters.open_model(source, device=device, trust_remote_code=job.recipe.trust_remote_code)
+        if not isinstance(hf, PeftModel):
+            raise ModelError(f"{self.model} holds no adapter, so there is nothing to merge", do="name a stage that trains an adapter")
+        for notice in notices:
+            job.warn(notice)
+        out, change = adapters.merged(hf)
+        job.facts["merge"] = f"largest relative change of a weight tensor: {change:.2e}"
+        job.counts["parameters"] = load.parameters(out)[0]
+        load.save(out, load.tokenizer(source), job.dir / "model")

@@ -1,0 +1,107 @@
+"""sft: supervised fine-tuning on prompts and answers, conversations or plain text."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from temper.data.card import read_rows
+from temper.data.chat import Encoded, Encoder, Format, show
+from temper.engine.loop import Batches, Loop, rows_of
+from temper.errors import DataError
+from temper.losses import nll
+from temper.models import load
+from temper.pipeline import Job
+from temper.recipe import DataRef, detail, stages
+from temper.stages.pretrain import remove
+from temper.stages.training import TrainingStage, finish, open_policy, summarise
+from temper.trees import Tree, chain, check_fits
+from temper.types import Record
+
+
+@stages.register("sft")
+class Sft(TrainingStage):
+    """Maximise the likelihood of the answers given their prompts; only answers are trained on."""
+
+    kind = "sft"
+
+    data: DataRef = detail(..., "A data stage whose rows are prompt–completion, messages or text.")
+    max_length: int | None = detail(None, "Longest example in tokens; null: the model's context.", ge=8)
+    too_long: str = detail("drop", "What happens to longer ones: drop (counted), cut (counted), or error.", pattern="^(drop|cut|error)$")
+
+    def run(self, job: Job) -> None:
+        records = _rows(job, self.data, "train")
+        source = job.model(self.model)
+        tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
+        encoder = Encoder(tokenizer, format_of(job, self.data))
+        encoded = encoder.encode(records)
+        longest = max(len(e.ids) for e in encoded)
+        policy, tokenizer, source, precision = open_policy(job, self, longest)
+        limit = min(self.max_length or 10**9, load.context(policy.inner) or 10**9)
+        trees, note = fitted(encoded, limit, self.too_long)
+        held = [tree_of(e) for e in encoder.encode(_rows(job, self.data, "validation", optional=True)) if len(e.ids) <= (load.context(policy.inner) or 10**9)]
+        check_fits(trees, load.context(policy.inner))
+        np.save(job.dir / "trained_on.npy", fingerprints(records))
+        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, job.seed)
+        loop = Loop(job, policy, nll, batches, self, precision, rows_of(held, self.row_tokens))
+        job.counts["examples"] = len(trees)
+        moved = sum(e.moved_seam for e in encoded)
+        lines = [
+            f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held):,} for validation",
+            f"written as: {encoder.description}",
+        ]
+        if moved:
+            job.warn(f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; there the trained part begins a token earlier")
+        summarise(job, loop, lines, trees, show(tokenizer, encoded[0]))
+        loop.run()
+        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids)
+        remove(job, "checkpoints")
+
+
+def _rows(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
+    path = job.rows(ref, split)
+    if path is None and not optional:
+        raise DataError(f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller")
+    return read_rows(path) if path is not None else []
+
+
+def format_of(job: Job, ref: str) -> Format:
+    """How the rows of a data stage are written out: declared there, so training and evaluation cannot differ."""
+    return Format.model_validate(job.inputs[ref.partition(".")[0]].info["config"]["format"])
+
+
+def tree_of(example: Encoded) -> Tree:
+    return chain(example.ids, [float(t) for t in example.trained], example.where)
+
+
+def fitted(encoded: list[Encoded], limit: int, too_long: str) -> tuple[list[Tree], str]:
+    """Examples within `limit` tokens as trees, and a sentence on those that were not.
+
+    Raises:
+        DataError: nothing is left, or `too_long: error` met a long one.
+    """
+    long = [e for e in encoded if len(e.ids) > limit]
+    if long and too_long == "error":
+        raise DataError(f"{len(long)} examples are longer than {limit} tokens", where=long[0].where, do="too_long: drop or cut, or a larger max_length")
+    kept = [e for e in encoded if len(e.ids) <= limit]
+    if too_long == "cut":
+        cut = [Encoded(e.ids[:limit], e.trained[:limit], e.where) for e in long]
+        kept = kept + [e for e in cut if any(e.trained)]
+    if not kept:
+        raise DataError(f"no example has at most {limit} tokens (the shortest has {min(len(e.ids) for e in encoded)})", do="raise max_length, or too_long: cut")
+    what = "cut" if too_long == "cut" else "dropped"
+    lost = len(encoded) - len(kept)
+    note = f"{len(long):,} longer than {limit} tokens {what}" if long else f"none longer than {limit} tokens" if limit < 10**9 else "no limit on length"
+    return [tree_of(e) for e in kept], note + (f" ({lost} of them had no answer left)" if too_long == "cut" and lost else "")
+
+
+def fingerprints(records: list[Record]) -> np.ndarray:
+    """64-bit hashes of what a row asks and answers, sorted: evaluation looks for its own rows among them."""
+    return np.unique(np.array([fingerprint(r) for r in records], dtype=np.uint64))
+
+
+def fingerprint(record: Record) -> int:
+    row = record.row
+    text = repr([row.get(k) for k in ("messages", "prompt", "text")])
+    return int.from_bytes(hashlib.sha256(" ".join(text.split()).encode()).digest()[:8], "big")

@@ -1,0 +1,160 @@
+"""What every training stage does before and after the loop: a policy proven on the spot, and the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from temper import hub
+from temper.engine import device as devices
+from temper.engine.loop import Loop, Training
+from temper.models import adapters, load
+from temper.models.adapters import Adapter
+from temper.models.scores import Policy, prove
+from temper.pipeline import Job
+from temper.recipe import ModelRef, Stage, detail
+from temper.trees import Tree
+
+
+class TrainingStage(Stage, Training):
+    """Fields of every stage that trains a model that exists."""
+
+    gives = "model"
+
+    model: ModelRef = detail("base", "What is trained: a stage, base, a folder, or a hub id (id@revision).")
+    adapter: Adapter | None = detail(None, "Train an adapter instead of the whole model.")
+    merge: bool = detail(False, "Fold the adapter into the base at the end; the adapter is saved too.")
+    attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
+    layout: str = detail("auto", "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.", pattern="^(auto|tree|padded)$")
+    seeds: int = detail(1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False)
+
+
+def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, Any, hub.Source, str]:
+    """The policy to train, its tokenizer, where its base came from, and the precision used.
+
+    Args:
+        length: tokens of the longest example, for the probe of the tree pass.
+    """
+    device = devices.setup(job.recipe.device, job.recipe.threads)
+    precision = devices.precision(stage.precision, device)
+    source = job.model(stage.model)
+    tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
+    # Trained weights are float32: in bf16 most of a small update rounds away. A frozen base may be half.
+    frozen_half = stage.adapter is not None and precision != "float32" and device.type == "cuda"
+    dtype = devices.DTYPES[precision] if frozen_half else torch.float32
+    hf, notices = adapters.open_model(
+        source, dtype=dtype, attention=stage.attention, device=device, trust_remote_code=job.recipe.trust_remote_code
+    )
+    for notice in notices:
+        job.warn(notice)
+    if isinstance(hf, PeftModel):  # training goes on from an unmerged adapter: fold it in, and train the next on top
+        hf, _ = adapters.merged(hf)
+    if stage.adapter is not None:
+        hf = adapters.attach(hf, stage.adapter, job.seed)
+        for parameter in hf.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if stage.activation_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(hf)
+    settle(job, policy, stage.layout, length, device, precision)
+    return policy, tokenizer, source, precision
+
+
+def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.device, precision: str) -> None:
+    """Choose the layout by proof, and note what is really used."""
+    if layout == "padded":
+        policy.layout, proof = "padded", {"reason": "asked for"}
+    else:
+        with devices.autocast(device, precision):
+            proof = prove(policy, length=length)
+        if layout == "tree" and policy.layout != "tree":
+            raise load.ModelError(f"layout: tree was asked for, and {proof['reason']}", do="layout: auto takes the padded layout for such models")
+        if policy.layout == "padded":
+            job.warn(f"trees are not used with this model ({proof['reason']}); the padded layout gives the same numbers, slower")
+    hf = policy.inner
+    every, trained = load.parameters(policy)
+    job.counts.update(parameters=every, trainable_parameters=trained)
+    job.facts.update(
+        device=str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type})",
+        threads=torch.get_num_threads(),
+        precision=precision,
+        weights=str(next(policy.parameters()).dtype).removeprefix("torch."),
+        attention=hf.config._attn_implementation,
+        layout=policy.layout,
+        proof=proof["reason"] + (f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})" if proof.get("difference") is not None else ""),
+        activation_checkpointing=bool(getattr(hf, "is_gradient_checkpointing", False)),
+    )
+
+
+def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree], shown: str) -> None:
+    """Say what is about to happen: data, one example, what a step is, and what it will cost; kept for the report."""
+    f, c, b = job.facts, job.counts, loop.batches
+    tokens = sum(len(t) for t in trees)
+    scored = sum(len(t.tgt) for t in trees)
+    first = b.rows(0)
+    seconds, probed = _probe(loop)
+    share = c["trainable_parameters"] / c["parameters"]
+    text = [
+        *lines,
+        f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})",
+        f"one optimiser step: {len(b.chosen(0))} examples in {len(first)} micro-batches of up to {loop.training.row_tokens} tokens",
+        f"steps: {loop.steps} ({loop.steps / b.per_epoch:.2g} epochs), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
+        f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
+        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}",
+        f"proof: {f['proof']}",
+        f"predicted: about {_duration(seconds)} and {probed / 1e9:.1f} GB",
+        "one example, the trained part in ⟦ ⟧:",
+        *(f"  {line}" for line in shown.splitlines()),
+    ]
+    job.summary = "\n".join(text)
+    job.say(job.summary)
+    for warning in loop.warnings():
+        job.warn(warning)
+    if scored == 0:
+        raise load.ModelError("no token of any example is trained", do="look at the data's columns and at the chat template")
+
+
+def _probe(loop: Loop) -> tuple[float, float]:
+    """Seconds and bytes that the run will take, from one forward and backward pass that changes nothing."""
+    row = max(loop.batches.rows(0), key=lambda r: len(r.ids))
+    for _ in range(2):  # the first pass also pays for what is done once
+        began = time.perf_counter()
+        loop.gradients([row])
+        took = time.perf_counter() - began
+    memory: float = devices.peak_memory(loop.device) or _resident()
+    for p in loop.policy.parameters():
+        p.grad = None
+    trained = sum(p.numel() * p.element_size() for p in loop.policy.parameters() if p.requires_grad)
+    epoch = sum(len(t) for t in loop.batches.trees)
+    return took / len(row.ids) * epoch * loop.steps / loop.batches.per_epoch, memory + 2 * trained
+
+
+def _resident() -> float:
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def finish(job: Job, policy: Policy, tokenizer: Any, source: hub.Source, *, merge: bool, ends: set[int]) -> None:
+    """Save what was trained in the formats of transformers and PEFT; a merge is proven against the adapter."""
+    stage_name = job.recipe.model if job.stage.model == "base" else job.stage.model  # type: ignore[attr-defined]
+    hf = policy.hf
+    if isinstance(hf, PeftModel):
+        base_stage = stage_name if stage_name in job.inputs and not source.adapters else None
+        adapters.save(hf, job.dir / "adapter", source, stage=base_stage, identity=hub.identity(source))
+        tokenizer.save_pretrained(job.dir / "adapter")
+        if not merge:
+            return
+        hf, change = adapters.merged(hf)
+        job.facts["merge"] = f"largest relative change of a weight tensor: {change:.2e}"
+    load.save(hf, tokenizer, job.dir / "model", ends=ends)
+    job.peak_device_memory = devices.peak_memory(policy.device)
