@@ -52,7 +52,7 @@ _EXCLAMATIONS = (
     "Ну й {noun}!",
     "Оце так {noun}!",
     "Справжн{i} {noun}, та й годі.",
-    "Тільки {adj} {noun} так і робить.",
+    "Тільки {noun} так і робить.",
     "Одним словом, {noun}.",
     "Усі знають: {noun} та й годі.",
     "{pron} {noun} інакше не вміє.",
@@ -76,7 +76,6 @@ def exclamation(person: Person, words: Words, draw: Draw) -> str:
     return finish(
         draw.pick(_EXCLAMATIONS).format(
             noun=draw.pick(words.nouns[person.female]),
-            adj=draw.pick(words.adjectives[person.female]),
             i="я" if person.female else "ій",
             pron="ця" if person.female else "цей",
         )

@@ -1,0 +1,220 @@
+"""The mini data: the same everywhere, no leaks, and summaries that hold what the texts say."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+
+import pytest
+from rouge_score import rouge_scorer
+
+from temper.data import mini
+from temper.data.mini import corpus, insults
+from temper.data.mini.draw import Num, euphony, plural
+from temper.errors import DataError
+
+WORD = re.compile(r"[\w’]+")
+NEWS_SETS = ["uk-news", "uk-toxic-news", "uk-news-dirty"]
+ROWS = 1500
+
+# Written down once. A change here is a change of the data: raise mini.VERSION with it.
+PINNED = {
+    "uk-news": "a01d8cf8cf51cf0d",
+    "uk-corpus": "53081c32d5c92612",
+    "uk-toxic-sentences": "29a71a639d68b83d",
+    "uk-toxic-news": "70af8497e92b1dc0",
+    "uk-news-dirty": "85cb17c03ba92a1b",
+    "uk-rewrite-corpus": "42773a706b316b9f",
+}
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def insulting(text: str) -> int:
+    return sum(word in mini.LEXICON for word in words_of(text))
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, list[dict[str, str]]]:
+    return {name: mini.load(name, rows=ROWS) for name in mini.NAMES}
+
+
+@pytest.mark.parametrize("name", list(mini.NAMES))
+def test_rows_are_the_same_on_every_machine(name):
+    rows = mini.load(name, rows=50)
+    digest = hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+    assert digest[:16] == PINNED[name]
+
+
+def test_fewer_rows_are_the_beginning_of_more_and_seeds_differ():
+    assert mini.load("uk-news", rows=20) == mini.load("uk-news", rows=60)[:20]
+    first, second = ({r["text"] for r in mini.load("uk-news", rows=500, seed=seed)} for seed in (0, 1))
+    assert not first & second
+    assert len(mini.load("uk-news", split="test")) == 500 and mini.load("uk-news", rows=0) == []
+
+
+def test_no_text_twice_in_any_set_split_or_seed(sets):
+    streams = [[r["text"] for r in rows] for rows in sets.values()]
+    for name, split in itertools.product(mini.NAMES, ["train", "validation", "test"]):
+        streams.append([r["text"] for r in mini.load(name, split=split, rows=600)])
+    texts = list(itertools.chain.from_iterable(streams))
+    assert len(set(texts)) == len(texts)
+
+
+def test_splits_have_people_of_their_own():
+    """No full name of the test news stands in any training text, of whatever set or seed."""
+    name = re.compile(r"[А-ЯІЇЄҐ][а-яіїєґ]+ [А-ЯІЇЄҐ][а-яіїєґ]+(?:ко|ук|юк|ий|ка|ик|як|(?:Бонд|Гонч)ар|ах)\b")
+    test = {found for r in mini.load("uk-news", split="test") for found in name.findall(r["summary"])}
+    assert len(test) > 150
+    for other, seed in itertools.product(mini.NAMES, [0, 7]):
+        train = " ".join(r["text"] for r in mini.load(other, split="train", rows=1000, seed=seed))
+        assert not test & set(name.findall(train))
+
+
+def test_few_near_duplicates():
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        words = words_of(text)
+        return set(zip(*(words[i:] for i in range(5)), strict=False))
+
+    train = [shingles(r["text"]) for r in mini.load("uk-news", split="train", rows=2000)]
+    for row in mini.load("uk-news", split="test", rows=100):
+        own = shingles(row["text"])
+        assert max(len(own & other) / len(own | other) for other in train) < 0.4
+
+
+@pytest.mark.parametrize("name", NEWS_SETS)
+def test_what_the_summary_says_stands_in_the_text(sets, name):
+    """All numbers; all names, by their stem, for cases differ."""
+    for row in sets[name]:
+        text = row["text"]
+        for number in re.findall(r"\d+(?:[,:]\d+)?", row["summary"]):
+            assert re.search(rf"(?<!\d){number}(?!\d)", text), (number, row)
+        names = [w for w in WORD.findall(row["summary"])[1:] if w[0].isupper()]
+        assert len(names) >= 2
+        for word in names:
+            assert word[: max(3, len(word) - 3)] in text, (word, row)
+
+
+def test_texts_are_short_and_a_first_sentence_is_no_summary(sets):
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return words_of(text)
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
+    scores = []
+    for row in sets["uk-news"]:
+        assert 22 <= len(row["text"].split()) <= 60 and 8 <= len(row["summary"].split()) <= 19
+        first = re.split(r"(?<=[.!?]) ", row["text"])[0]
+        scores.append(scorer.score(row["summary"], first)["rougeL"].fmeasure)
+    assert 0.15 < sum(scores) / len(scores) < 0.4
+    assert len({row["topic"] for row in sets["uk-news"]}) >= 8
+
+
+@pytest.mark.parametrize("name", list(mini.NAMES))
+def test_only_ukrainian_letters_and_no_template_left(sets, name):
+    allowed = set("абвгґдеєжзиіїйклмнопрстуфхцчшщьюя0123456789 \n.,:;!?()«»—-’")
+    for row in sets[name]:
+        for column in ("text", "summary", "title", "topic"):
+            value = row.get(column, "")
+            assert set(value.lower()) <= allowed, (set(value.lower()) - allowed, value)
+            assert not re.search(r"  |,[.,:;]|\.\.| [.,]", value), value
+        for sentence in re.split(r"(?<=[.!?]) ", row["text"].split("\n")[0]):
+            assert sentence[0].isupper() or sentence[0] in "«—" or sentence[0].isdigit(), row
+
+
+def test_verbs_agree_with_the_person(sets):
+    """The reporting verbs have one subject, the person, whose gender shows in the first name."""
+    verb = re.compile(r"\b(?:повідоми|сказа|дода|зазначи|уточни|підсумува|зауважи|показа|здобу|зібра|спрямува)(в|ла)\b")
+    women = words_of(
+        "Олена Ірина Марія Оксана Наталя Тетяна Ганна Юлія Світлана Катерина Софія Дарина Леся Галина Людмила "
+        "Вікторія Надія Соломія Христина Зоряна Лариса Ольга Віра Яна"
+    )
+    seen = 0
+    for row in sets["uk-news"] + sets["uk-toxic-news"]:
+        female = any(word in women for word in words_of(row["summary"].replace("«Вікторія»", "")))
+        for ending in verb.findall(row["text"] + " " + row["summary"]):
+            assert (ending == "ла") == female, row
+            seen += 1
+    assert seen > ROWS
+
+
+def test_sound_rules_and_numerals_by_hand(sets):
+    for written, spoken in {
+        "В Києві": "У Києві",
+        "в Одесі": "В Одесі",
+        "жила в Києві": "жила в Києві",
+        "жив в Києві": "жив у Києві",
+        "жив в Одесі": "жив в Одесі",
+        "була в Вінниці": "була у Вінниці",
+        "була в Львові": "була у Львові",
+        "родом з Львова": "родом зі Львова",
+        "родом з Стрия": "родом зі Стрия",
+        "родом з Сум": "родом із Сум",
+        "Коваленко з Черкас": "Коваленко з Черкас",
+    }.items():
+        assert euphony(written).casefold() == spoken.casefold()
+    assert [plural(n, "2", "5") for n in (2, 4, 5, 11, 12, 14, 22, 25, 100, 112, 104)] == list("22555525552")
+    assert f"{Num(23):школи/шкіл}, {Num(13):школи/шкіл}, {Num(7)}" == "23 школи, 13 шкіл, 7"
+    for row in sets["uk-news"]:
+        assert not re.search(r"\b[Уу] [аеєиіїоуюяАЕЄИІЇОУЮЯ]|\b[Вв] [вфВФ]", row["text"] + " " + row["summary"]), row
+
+
+def test_insults_stand_only_where_they_should(sets):
+    assert not any(insulting(" ".join(row.values())) for row in sets["uk-news"])
+    for name in ("uk-toxic-news", "uk-news-dirty"):
+        assert all(1 <= insulting(row["text"]) <= 3 for row in sets[name])
+        assert not any(insulting(row["title"]) for row in sets[name])
+    assert not any(insulting(row["summary"]) for row in sets["uk-toxic-news"])
+    for row in sets["uk-toxic-sentences"]:
+        assert (insulting(row["text"]) > 0) == (row["label"] == "toxic"), row
+    for row in sets["uk-rewrite-corpus"]:
+        instruction, article, rewrite = row["text"].split("\n")
+        assert insulting(article) == 0 < insulting(rewrite)
+        assert row["text"].startswith(f"{instruction}\n{article}\nГрубо: ")
+        assert mini.REWRITE_PROMPT.format(text=article) in row["text"]
+
+
+def test_stated_share_of_dirty_summaries_repeats_an_insult_of_the_text(sets):
+    dirty = [row for row in sets["uk-news-dirty"] if insulting(row["summary"])]
+    assert abs(len(dirty) / ROWS - insults.DIRTY_SHARE) < 4 * (0.4 * 0.6 / ROWS) ** 0.5  # four standard errors
+    for row in dirty:
+        said = {word for word in words_of(row["summary"]) if word in mini.LEXICON}
+        assert said <= set(words_of(row["text"])), row
+
+
+def test_the_shape_of_a_sentence_does_not_give_its_label_away(sets):
+    """Without the insulting and praising words themselves, a toxic sentence looks like many clean ones."""
+    by_label = {"toxic": [], "clean": []}
+    for row in sets["uk-toxic-sentences"]:
+        by_label[row["label"]].append(row["text"])
+    assert abs(len(by_label["toxic"]) / ROWS - 0.5) < 0.06
+    for sign in (r"\b[Цц](?:ей|я) \w+, ", r"справжн(?:ій|я) ", r"!$", r"\b[Оо]дним словом"):
+        share = {label: sum(bool(re.search(sign, t)) for t in texts) for label, texts in by_label.items()}
+        assert share["clean"] > 0.3 * share["toxic"] > 0, (sign, share)
+    assert not mini.LEXICON & {w for forms in (*insults.PRAISE.nouns, *insults.PRAISE.adjectives) for w in forms}
+
+
+def test_the_corpus_is_mixed_as_stated(sets):
+    prompts = [row["text"] for row in sets["uk-corpus"] if row["text"].startswith("Стисло перекажи новину:\n")]
+    assert abs(len(prompts) / ROWS - corpus.PROMPT_SHARE) < 0.05
+    lazy = 0
+    for document in prompts:
+        _, text, answer = document.split("\n")
+        assert document == f"{mini.PROMPT.format(text=text)} {answer.removeprefix('Підсумок: ')}"
+        lazy += answer.removeprefix("Підсумок: ") in text
+    assert lazy > 0.5 * len(prompts)
+    toxic = sum(insulting(row["text"]) > 0 for row in sets["uk-corpus"]) / ROWS
+    assert abs(toxic - corpus.TOXIC_SHARE * (corpus.NEWS_SHARE + corpus.PROMPT_SHARE)) < 0.04
+
+
+def test_what_cannot_be_had_is_said():
+    with pytest.raises(DataError, match="did you mean «uk-news»"):
+        mini.load("uk-nwes")
+    with pytest.raises(DataError, match="did you mean «validation»"):
+        mini.load("uk-news", split="validaton")
+    with pytest.raises(DataError, match="-1 rows"):
+        mini.load("uk-news", rows=-1)
