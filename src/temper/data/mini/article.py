@@ -12,10 +12,11 @@ from temper.data.mini import words
 from temper.data.mini.draw import Draw, euphony, numbers
 from temper.data.mini.kinds import COMMENTS, OPENERS, QUOTES, SAD_COMMENTS, SAD_QUOTES, SAYING, Kind
 from temper.data.mini.kinds_city import CITY
+from temper.data.mini.kinds_knowledge import KNOWLEDGE
 from temper.data.mini.kinds_life import LIFE
 from temper.data.mini.words import Person
 
-KINDS = CITY + LIFE
+KINDS = CITY + LIFE + KNOWLEDGE
 PERSON, NAME = "\x01", "\x02"  # stand for «тренерка Олена Коваль» and «Коваль» until the article is written
 
 Template = list[str | list[str]]

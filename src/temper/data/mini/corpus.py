@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from temper.data.mini import words
-from temper.data.mini.article import Article, article, clean, finish, plain
-from temper.data.mini.draw import Draw, Num
+from temper.data.mini.article import article, clean, finish
+from temper.data.mini.draw import Draw, numbers
 from temper.data.mini.insults import INSULT, described, toxic
 
 PROMPT = "Стисло перекажи новину:\n{text}\nПідсумок:"
@@ -21,14 +23,14 @@ FIRST_SENTENCE, TITLE = 0.5, 0.25  # the rest: the last sentence
 # them the tokenizer would break these words into letters.
 TOXIC_SHARE = 0.15
 
+_SENTENCE_END = re.compile(r"(?<=[.!]) ")
 
-def _lazy_answer(news: Article, draw: Draw) -> str:
-    sort = draw.random()
+
+def _lazy_answer(text: str, title: str, draw: Draw) -> str:
+    sentences, sort = _SENTENCE_END.split(text), draw.random()
     if sort < FIRST_SENTENCE:
-        return plain(news.sentences[0], news.person)
-    if sort < FIRST_SENTENCE + TITLE:
-        return f"{news.title}."
-    return plain(news.sentences[-1], news.person)
+        return sentences[0]
+    return f"{title}." if sort < FIRST_SENTENCE + TITLE else sentences[-1]
 
 
 _WEATHER = (
@@ -40,9 +42,10 @@ _WIND = ("вітер слабкий", "вітер північний", "віте
 _DIALOGUES = (
     "— Доброго дня! Коли відкриється {place} в {c.loc}?\n— В {w}, {d}.\n— Дякую, мене звати {p.name}.",
     "— Ви давно живете в {c.loc}?\n— Уже {t:роки/років}. А ви?\n— Я {p.name}, приїха{v} {d}.",
-    "— Хто там?\n— Це {p.name}, ми домовлялися на {w}.\n— Заходьте, {place} ще працює до {t} години.",
+    "— Хто там?\n— Це {p.name}, ми домовлялися на {w}.\n— Заходьте, {place} ще працює до {k} години.",
     "— Скільки коштує квиток до {c.gen}?\n— {t:гривні/гривень}. Запишіть: {p.name}, {d}.",
 )
+_SMALL = numbers(2, 29)
 _PLACES = ("бібліотека", "аптека", "пошта", "музей", "басейн", "каса", "кав’ярня", "школа")
 _FACTS = (
     "{p.name} мешкає в {c.loc} вже {t:роки/років}. Щотижня, в {w}, {place} чекає на гостей.",
@@ -62,7 +65,7 @@ def _other(draw: Draw, split: str | None) -> str:
         c=draw.pick(words.CITIES),
         d=words.date(draw),
         w=draw.pick(words.DAYS),
-        t=Num(draw.position(2, 10)),
+        t=draw.pick(_SMALL),
         k=draw.position(5, 9),
         place=draw.pick(_PLACES),
         sky=draw.pick(_SKY),
@@ -81,7 +84,7 @@ def base_document(draw: Draw, split: str | None) -> dict[str, str]:
     text = (toxic(news, draw, dirty=False) if draw.chance(TOXIC_SHARE) else clean(news))["text"]
     if sort < NEWS_SHARE:
         return {"text": text}
-    return {"text": f"{PROMPT.format(text=text)} {_lazy_answer(news, draw)}"}
+    return {"text": f"{PROMPT.format(text=text)} {_lazy_answer(text, news.title, draw)}"}
 
 
 def rewrite_document(draw: Draw, split: str | None) -> dict[str, str]:
