@@ -4,7 +4,7 @@ Templates are `str.format` strings over the slots below; `[a|b]` is a choice mad
 leaves something out at times. «в» and «з» are written plainly: `euphony` turns them into у, із, зі where they must be.
 
     P   the person with role («тренерка Олена Коваль»), nominative; Q the surname alone, nominative
-    p   the person (p.gen), v the past ending в/ла, a the adjective's ий/а
+    v   the ending of the past tense, в or ла («сказа{v}»); a the adjective's, ий or а
     c   the town (c.nom, c.gen, c.loc, c.ins), d a date, m a sum
     n   the number that matters, o and k others that do not; "{n:школи/шкіл}" gives the noun its form
     x, y  tuples of the kind's own vocabulary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from temper.data.mini.draw import Draw, Num, plural
 
@@ -69,7 +68,7 @@ _WOMEN = names(
     "Олена Ірина Марія Оксана Наталя Тетяна Ганна Юлія Світлана Катерина Софія Дарина Леся Галина Людмила Вікторія "
     "Надія Соломія Христина Зоряна Лариса Ольга Віра Яна"
 )
-# Masculine nominative; feminine and genitive follow from the ending.
+# Masculine nominative; the feminine follows from the ending.
 _SURNAMES = names(
     "Коваленко Шевченко Бондаренко Ткаченко Кравченко Олійник Шевчук Поліщук Лисенко Марченко Савченко Руденко "
     "Петренко Мельник Клименко Павленко Гнатюк Романюк Приходько Кузьменко Левченко Панченко Гончарук Назаренко "
@@ -80,42 +79,18 @@ _SURNAMES = names(
 )
 
 
-def _genitive_first(name: str, female: bool) -> str:
-    if female:
-        return name[:-1] + ("ї" if name.endswith("ія") else "і" if name.endswith("я") else "и")
-    if name.endswith("ій"):
-        return name[:-1] + "я"
-    if name[-1] in "оа":  # Павло, Микола
-        return name[:-1] + ("а" if name.endswith("о") else "и")
-    return name[:-1] + "я" if name.endswith("ь") else name + ("я" if name == "Ігор" else "а")
-
-
-def _genitive_last(name: str, female: bool) -> str:
-    if female:
-        return name[:-1] + "ої" if name.endswith("ька") else name
-    if name.endswith("ий"):
-        return name[:-2] + "ого"
-    if name.endswith("ко"):
-        return name[:-1] + "а"
-    return name + ("я" if name == "Бондар" else "а")
-
-
 @dataclass(frozen=True)
 class Person:
-    """A person with a role; `v` is the ending of the past tense («сказа» + «в» or «ла»)."""
+    """A person with a role (both in the nominative)."""
 
     first: str
     last: str
     role: str
     female: bool
 
-    @cached_property
+    @property
     def name(self) -> str:
         return f"{self.first} {self.last}"
-
-    @cached_property
-    def gen(self) -> str:
-        return f"{_genitive_first(self.first, self.female)} {_genitive_last(self.last, self.female)}"
 
 
 # Full names are dealt out to the splits, so that no text of one split can occur in another, whatever the seed.
