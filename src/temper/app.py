@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import temper.stages  # noqa: F401  fills the registry of stages
-from temper import pipeline, recipe as recipes, report
+from temper import pipeline, report
+from temper import recipe as recipes
 from temper.pipeline import Choice
 from temper.recipe import Recipe
 

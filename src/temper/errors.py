@@ -1,11 +1,11 @@
 """What Temper raises. Every message says what happened, where, and what to do.
 
-    TemperError
-    ├── RecipeError      the recipe, a flag or a name in it
-    ├── DataError        a source, a row, a split
-    ├── ModelError       weights, tokenizer, template, adapter
-    ├── RunError         the run folder, the disk, a damaged file
-    └── TrainingError    a tripwire: the run would have ended well and the model been wrong
+TemperError
+├── RecipeError      the recipe, a flag or a name in it
+├── DataError        a source, a row, a split
+├── ModelError       weights, tokenizer, template, adapter
+├── RunError         the run folder, the disk, a damaged file
+└── TrainingError    a tripwire: the run would have ended well and the model been wrong
 """
 
 from __future__ import annotations

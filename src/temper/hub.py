@@ -43,11 +43,15 @@ def locate(name: str, folder: Path) -> Source:
             _check_folder(candidate)
             return Source(str(candidate.resolve()))
         if candidate.is_file():
-            raise ModelError(f"{name} is a file; a model is a folder with config.json and weights", do="give the folder")
+            raise ModelError(
+                f"{name} is a file; a model is a folder with config.json and weights", do="give the folder"
+            )
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         parent = (folder / name).expanduser().parent
         there = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise ModelError(f"there is no folder {name}", do=nearest(Path(name).name, there) if there else "check the path")
+        raise ModelError(
+            f"there is no folder {name}", do=nearest(Path(name).name, there) if there else "check the path"
+        )
     repo, _, revision = name.partition("@")
     return Source(repo, _commit(repo, revision or None))
 
@@ -63,9 +67,14 @@ def _check_folder(folder: Path) -> None:
     if "adapter_config.json" in names:
         return
     if "config.json" not in names:
-        raise ModelError(f"{folder} has no config.json, so it is no model", do="files there: " + (", ".join(names[:8]) or "none"))
+        raise ModelError(
+            f"{folder} has no config.json, so it is no model", do="files there: " + (", ".join(names[:8]) or "none")
+        )
     if not any(n.endswith(WEIGHTS) for n in names):
-        raise ModelError(f"{folder} holds no weights", do="expected *.safetensors beside config.json; was the download complete (git-lfs)?")
+        raise ModelError(
+            f"{folder} holds no weights",
+            do="expected *.safetensors beside config.json; was the download complete (git-lfs)?",
+        )
 
 
 def _folder_hash(folder: str) -> str:
@@ -101,15 +110,20 @@ def _commit(repo: str, revision: str | None) -> str:
             do=f"accept it on the model's page at the hub while logged in, then set HF_TOKEN (or run `hf auth login`). model: {repo}",
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelError(f"{repo} has no revision «{revision}»", do="name a branch, a tag or a commit after the @") from None
+        raise ModelError(
+            f"{repo} has no revision «{revision}»", do="name a branch, a tag or a commit after the @"
+        ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"the hub has no model «{repo}», or it is private", do="check the name; a private model needs HF_TOKEN; a local folder works too"
+            f"the hub has no model «{repo}», or it is private",
+            do="check the name; a private model needs HF_TOKEN; a local folder works too",
         ) from None
     except (errors.EntryNotFoundError, errors.HFValidationError) as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             return _from_cache(repo, fetch)
-        raise ModelError(f"«{repo}» is no model that can be loaded: {error}", do="a model is a folder or a hub id such as org/name") from None
+        raise ModelError(
+            f"«{repo}» is no model that can be loaded: {error}", do="a model is a folder or a hub id such as org/name"
+        ) from None
     except (OSError, RuntimeError):  # no network: whatever the HTTP library raises
         return _from_cache(repo, fetch)
 

@@ -26,9 +26,10 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from temper import hub, recipe as recipes
+from temper import hub
+from temper import recipe as recipes
 from temper.errors import RecipeError, RunError, TemperError, nearest
-from temper.recipe import Recipe, Stage
+from temper.recipe import Recipe
 from temper.run import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
 
 REPORTED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors")
@@ -45,7 +46,10 @@ class Log:
         self.console.print(text, style=style, markup=False)
         if self.file is not None:
             stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            with contextlib.suppress(OSError), open(self.file, "a", encoding="utf-8") as out:  # a full disk is told elsewhere
+            with (
+                contextlib.suppress(OSError),
+                open(self.file, "a", encoding="utf-8") as out,
+            ):  # a full disk is told elsewhere
                 out.write("".join(f"{stamp} {line}\n" for line in text.splitlines() or [""]))
 
 
@@ -77,7 +81,13 @@ class Job:
         if not self.log.console.is_terminal or self.log.console.quiet:
             yield lambda advance=1, **shown: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
         with Progress(*columns, console=self.log.console, transient=True) as bar:
             task = bar.add_task(f"{self.name}: {what}", total=total, completed=done, shown="")
 
@@ -106,7 +116,9 @@ class Job:
             return hub.Source(str(result.path / "model"))
         base = read_json(result.path / "adapter" / "temper.json")["base"]
         folder = result.path.parent / base["stage"] / "model" if base["stage"] else None
-        return hub.Source(str(folder) if folder else base["name"], base["revision"], (*base["adapters"], str(result.path / "adapter")))
+        return hub.Source(
+            str(folder) if folder else base["name"], base["revision"], (*base["adapters"], str(result.path / "adapter"))
+        )
 
     def save_clock(self) -> None:
         write_json(self.dir / "clock.json", {"seconds": self.seconds()})
@@ -215,7 +227,9 @@ class Choice:
         return out
 
 
-def run(recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()) -> RunFolder:
+def run(
+    recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()
+) -> RunFolder:
     """Run the stages that have no result yet. Returns the run folder.
 
     Raises:
@@ -251,7 +265,15 @@ def run(recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bo
     return target
 
 
-def _stage(recipe: Recipe, entry: dict[str, Any], target: RunFolder, keys: dict[str, str], done: dict[str, Result], choice: Choice, log: Log) -> None:
+def _stage(
+    recipe: Recipe,
+    entry: dict[str, Any],
+    target: RunFolder,
+    keys: dict[str, str],
+    done: dict[str, Result],
+    choice: Choice,
+    log: Log,
+) -> None:
     """Bring one stage to its result: found, or run."""
     name = entry["name"]
     entry["key"] = keys[name] = key_of(recipe, name, keys)
@@ -280,7 +302,10 @@ def _stage(recipe: Recipe, entry: dict[str, Any], target: RunFolder, keys: dict[
                     job.save_clock()
                 raise
         (partial / "clock.json").unlink(missing_ok=True)
-        counts = {k: job.counts.get(k) for k in ("tokens", "trained_tokens", "examples", "trainable_parameters", "parameters", "steps")}
+        counts = {
+            k: job.counts.get(k)
+            for k in ("tokens", "trained_tokens", "examples", "trainable_parameters", "parameters", "steps")
+        }
         info = {
             "schema": 1,
             "name": name,
@@ -311,7 +336,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise _full(folder, error) from error
         raise
     except Exception as error:  # safetensors and pyarrow wrap the system's error in their own
-        if type(error).__name__ in {"SafetensorError", "ArrowException"} and ("os error 28" in str(error) or "os error 27" in str(error)):
+        if type(error).__name__ in {"SafetensorError", "ArrowException"} and (
+            "os error 28" in str(error) or "os error 27" in str(error)
+        ):
             raise _full(folder, error) from error
         raise
 
@@ -332,7 +359,9 @@ def _check_same_recipe(target: RunFolder, recipe: Recipe) -> None:
         return
     if old.get("recipe") != recipe.name:
         raise RunError(
-            f"this run folder belongs to the recipe «{old.get('recipe')}»", where=str(target.path), do="choose another folder with --out"
+            f"this run folder belongs to the recipe «{old.get('recipe')}»",
+            where=str(target.path),
+            do="choose another folder with --out",
         )
 
 
@@ -352,7 +381,14 @@ def _manifest(recipe: Recipe, order: list[str], command: Sequence[str]) -> dict[
         "git": _git(recipe.folder),
         "seconds": None,
         "stages": [
-            {"name": n, "kind": recipe.stages[n].kind, "key": None, "cached": False, "status": "pending" if n in order else "skipped", "error": None}
+            {
+                "name": n,
+                "kind": recipe.stages[n].kind,
+                "key": None,
+                "cached": False,
+                "status": "pending" if n in order else "skipped",
+                "error": None,
+            }
             for n in [*order, *rest]
         ],
     }
@@ -364,12 +400,20 @@ def hardware(threads: int | None = None) -> dict[str, Any]:
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":", 1)[1].splitlines()[0].strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return {"cpu": cpu, "cores": cores, "threads": threads or cores, "memory_bytes": psutil.virtual_memory().total, "gpus": []}
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "threads": threads or cores,
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [],
+    }
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
     def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}

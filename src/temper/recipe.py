@@ -123,7 +123,9 @@ class Recipe:
 
 
 class _Top(Config):
-    name: str = Field(description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise.")
+    name: str = Field(
+        description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise."
+    )
     description: str = detail("", "One or two sentences on what the recipe does.")
     model: str | None = detail(None, "The base model («base» in stages): a hub id (id@revision), a folder, or a stage.")
     seed: int = detail(20, "Seed of everything random: splits, order, initial adapters, sampling.")
@@ -146,7 +148,9 @@ def find(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in {".yaml", ".yml"}:
-        raise RecipeError(f"there is no recipe file {name}", do="give a path to a YAML file, or a name from `temper recipes`")
+        raise RecipeError(
+            f"there is no recipe file {name}", do="give a path to a YAML file, or a name from `temper recipes`"
+        )
     known = shipped()
     if name not in known:
         raise RecipeError(f"there is no recipe «{name}»", do=nearest(name, known))
@@ -179,7 +183,10 @@ def load(
     profiles = raw.pop("profiles", None) or {}
     if profile is not None:
         if profile not in profiles:
-            raise RecipeError(f"recipe {path.name} has no profile «{profile}»", do=nearest(profile, profiles) if profiles else "it has none")
+            raise RecipeError(
+                f"recipe {path.name} has no profile «{profile}»",
+                do=nearest(profile, profiles) if profiles else "it has none",
+            )
         _move(lines, ("profiles", profile), ())
         raw = merge(raw, profiles[profile] or {})
     for overlay in overlays or []:
@@ -228,7 +235,9 @@ def _read(path: Path, lines: dict[KeyPath, str], at: KeyPath) -> dict[str, Any]:
         raise RecipeError("the recipe is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"not valid YAML: {error.problem}", where=f"{path}:{mark.line + 1 if mark else '?'}") from None
+        raise RecipeError(
+            f"not valid YAML: {error.problem}", where=f"{path}:{mark.line + 1 if mark else '?'}"
+        ) from None
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping with name, model and stages", where=str(path))
     return _plain(tree, path, lines, at)
@@ -266,7 +275,9 @@ def _assignment(text: str, raw: dict[str, Any], lines: dict[KeyPath, str]) -> di
     if path[0] not in _Top.model_fields:
         if path[0] not in raw.get("stages", {}):
             known = [*raw.get("stages", {}), *_Top.model_fields]
-            raise RecipeError(f"there is no stage or key «{path[0]}»", where=f"--set {text}", do=nearest(path[0], known))
+            raise RecipeError(
+                f"there is no stage or key «{path[0]}»", where=f"--set {text}", do=nearest(path[0], known)
+            )
         path = ("stages", *path)
     try:
         parsed = _plain(YAML(typ="rt").load(value), Path("--set"), {}, ())
@@ -286,7 +297,11 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         at = ("stages", name)
         where = lines.get(at, str(path))
         if not name.replace("_", "").replace("-", "").isalnum() or name in {"base", "report"}:
-            raise RecipeError(f"«{name}» cannot be the name of a stage", where=where, do="use letters, digits, - and _; «base» and «report» are taken")
+            raise RecipeError(
+                f"«{name}» cannot be the name of a stage",
+                where=where,
+                do="use letters, digits, - and _; «base» and «report» are taken",
+            )
         if "stage" not in config:
             raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
         kind = stages.get(str(config["stage"]), where=lines.get((*at, "stage"), where))
@@ -294,7 +309,10 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
     recipe = Recipe(
-        **{k: getattr(top, k) for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")},
+        **{
+            k: getattr(top, k)
+            for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")
+        },
         profile=profile,
         stages=built,
         raw=raw,
@@ -313,9 +331,13 @@ def _validate(kind: Any, values: dict[str, Any], at: KeyPath, lines: dict[KeyPat
         where = next((lines[at + loc[:n]] for n in range(len(loc), -1, -1) if at + loc[:n] in lines), "")
         name = ".".join((at[1:] if at[:1] == ("stages",) else at) + loc)
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"unknown key «{name}»", where=where, do=nearest(loc[-1], _known_keys(kind, first["loc"]))) from None
+            raise RecipeError(
+                f"unknown key «{name}»", where=where, do=nearest(loc[-1], _known_keys(kind, first["loc"]))
+            ) from None
         if first["type"] == "missing":
-            raise RecipeError(f"«{name}» is missing", where=where, do=f"see `temper explain {name.split('.')[-1]}`") from None
+            raise RecipeError(
+                f"«{name}» is missing", where=where, do=f"see `temper explain {name.split('.')[-1]}`"
+            ) from None
         raise RecipeError(f"{name} = {first['input']!r} does not fit: {first['msg']}", where=where) from None
 
 

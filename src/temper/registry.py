@@ -69,7 +69,9 @@ class Registry(Generic[T]):
         for key in config:
             if key not in options:
                 raise RecipeError(
-                    f"{self.kind} «{name}» has no option «{key}»", where=where, do=nearest(key, options) if options else "it has none"
+                    f"{self.kind} «{name}» has no option «{key}»",
+                    where=where,
+                    do=nearest(key, options) if options else "it has none",
                 )
         out = {}
         for key, (kind, default) in options.items():
@@ -82,6 +84,7 @@ class Registry(Generic[T]):
                 out[key] = pydantic.TypeAdapter(kind).validate_python(config[key])
             except pydantic.ValidationError as error:
                 raise RecipeError(
-                    f"{self.kind} «{name}»: {key} = {config[key]!r} does not fit ({error.errors()[0]['msg']})", where=where
+                    f"{self.kind} «{name}»: {key} = {config[key]!r} does not fit ({error.errors()[0]['msg']})",
+                    where=where,
                 ) from None
         return out

@@ -119,7 +119,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot make the run folder: {error.strerror}", where=str(self.path), do="choose another with --out") from None
+            raise RunError(
+                f"cannot make the run folder: {error.strerror}", where=str(self.path), do="choose another with --out"
+            ) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -130,7 +132,9 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    "another process is working in this run folder", where=str(self.path), do="wait for it, or choose another --out"
+                    "another process is working in this run folder",
+                    where=str(self.path),
+                    do="wait for it, or choose another --out",
                 ) from None
             except OSError:
                 pass  # a file system without locks (some network drives); `temper doctor` tells

@@ -23,7 +23,8 @@ class Format(Config):
     """How a prompt and an answer are written out for a model; the same in training and at inference."""
 
     chat: Literal["auto", "template", "plain"] = Field(
-        "auto", description="template: the tokenizer's chat template; plain: prompt, separator, answer; auto: template where there is one."
+        "auto",
+        description="template: the tokenizer's chat template; plain: prompt, separator, answer; auto: template where there is one.",
     )
     separator: str = Field("\n", description="What stands between prompt and answer in the plain form.")
     system: str | None = Field(None, description="A system message put before every conversation.")
@@ -55,10 +56,16 @@ class Encoder:
         self.tokenizer, self.form = tokenizer, form
         self.templated = form.chat == "template" or (form.chat == "auto" and bool(tokenizer.chat_template))
         if self.templated and not tokenizer.chat_template:
-            raise ModelError("the recipe asks for the chat template, and the tokenizer has none", do="set chat: plain in the data stage")
+            raise ModelError(
+                "the recipe asks for the chat template, and the tokenizer has none",
+                do="set chat: plain in the data stage",
+            )
         self.end_ids = set(end_ids) | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
         if not self.end_ids:
-            raise ModelError("the tokenizer has no end-of-sequence token, so a model could never learn to stop", do="add eos_token to it")
+            raise ModelError(
+                "the tokenizer has no end-of-sequence token, so a model could never learn to stop",
+                do="add eos_token to it",
+            )
 
     @property
     def description(self) -> str:
@@ -74,7 +81,11 @@ class Encoder:
             prompt, answer = row["prompt"], row.get("completion")
             found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
             if answer is not None:
-                found += [dict(m) for m in answer] if not isinstance(answer, str) else [{"role": "assistant", "content": answer}]
+                found += (
+                    [dict(m) for m in answer]
+                    if not isinstance(answer, str)
+                    else [{"role": "assistant", "content": answer}]
+                )
         if self.form.system is not None and (not found or found[0]["role"] != "system"):
             found.insert(0, {"role": "system", "content": self.form.system})
         return found
@@ -87,7 +98,10 @@ class Encoder:
                 messages.pop()
             return self._render(messages, prompt=True)
         if "messages" in row:
-            raise DataError("a conversation needs a chat template", do="choose a model whose tokenizer has one, or map it to prompt and completion")
+            raise DataError(
+                "a conversation needs a chat template",
+                do="choose a model whose tokenizer has one, or map it to prompt and completion",
+            )
         return self._plain_prompt(row)
 
     def reference_text(self, row: Row) -> str:
@@ -140,7 +154,11 @@ class Encoder:
                     )
                 marks.append((before, upto.rstrip("\n")))  # a newline after the end token belongs to the next turn
         if not marks:
-            raise DataError("a conversation without an answer has nothing to train on", where=record.where, do="drop it or check its roles")
+            raise DataError(
+                "a conversation without an answer has nothing to train on",
+                where=record.where,
+                do="drop it or check its roles",
+            )
         return text, marks
 
     def _mark(self, record: Record, ids: list[int], edges: list[tuple[list[int], list[int]]]) -> Encoded:
@@ -157,7 +175,9 @@ class Encoder:
             ids = self._with_end(ids)
             trained = trained + [True] * (len(ids) - len(trained))
         if not any(trained):
-            raise DataError("nothing of this row is trained: its answer is empty", where=record.where, do="drop: {empty: true}")
+            raise DataError(
+                "nothing of this row is trained: its answer is empty", where=record.where, do="drop: {empty: true}"
+            )
         self._check_end(record, ids, trained)
         return Encoded(ids, trained, record.where, moved)
 
@@ -179,7 +199,9 @@ class Encoder:
     def _plain_prompt(self, row: Row) -> str:
         # Newlines go with the prompt, spaces with the answer: that is how tokenizers cut words.
         if not isinstance(row["prompt"], str):
-            raise DataError("a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one")
+            raise DataError(
+                "a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one"
+            )
         return (f"{self.form.system}\n" if self.form.system else "") + row["prompt"] + self.form.separator.rstrip(" ")
 
     def _plain_answer(self, row: Row) -> str:
@@ -197,7 +219,9 @@ class Encoder:
         out = []
         for ids in found:
             if not self.templated and ids and ids[-1] == eos and eos != bos:
-                ids = ids[:-1]  # tokenizers that append the end token themselves: it would stand between prompt and answer
+                ids = ids[
+                    :-1
+                ]  # tokenizers that append the end token themselves: it would stand between prompt and answer
             while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
                 ids = ids[1:]  # text that already begins with the token
             out.append(list(ids))

@@ -1,7 +1,7 @@
 """Checkpoints: enough to go on bit for bit, nothing pickled, checksummed, whole or not there.
 
-    checkpoints/step-N/   trainable.safetensors  optimizer.safetensors  state.json  checksums.json
-    checkpoints/best-N/   trainable.safetensors  state.json  checksums.json
+checkpoints/step-N/   trainable.safetensors  optimizer.safetensors  state.json  checksums.json
+checkpoints/best-N/   trainable.safetensors  state.json  checksums.json
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
 
 
-def write(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+def write(
+    folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
+) -> None:
     """Write beside, then rename; an older checkpoint of the same name is replaced."""
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
     beside.mkdir(parents=True)
     try:
-        save_file({n: p.detach().contiguous().cpu() for n, p in trainable(module).items()}, beside / "trainable.safetensors")
+        save_file(
+            {n: p.detach().contiguous().cpu() for n, p in trainable(module).items()}, beside / "trainable.safetensors"
+        )
         if optimizer is not None:
             save_file(_tensors(optimizer), beside / "optimizer.safetensors")
         write_json(beside / "state.json", state)

@@ -31,7 +31,10 @@ def setup(wanted: str, threads: int | None) -> torch.device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device «{wanted}» cannot be used: {str(error).splitlines()[0][:120]}", do="device: auto takes what is there") from None
+        raise RecipeError(
+            f"device «{wanted}» cannot be used: {str(error).splitlines()[0][:120]}",
+            do="device: auto takes what is there",
+        ) from None
     return device
 
 
@@ -42,7 +45,9 @@ def precision(wanted: Precision, device: torch.device) -> str:
         ModelError: fp16 or bf16 that the device lacks.
     """
     if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return (
+            "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        )
     if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ModelError("this GPU does not compute in bf16", do="precision: fp16 or float32")
     return wanted

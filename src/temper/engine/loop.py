@@ -38,8 +38,12 @@ class Training(Config):
 
     epochs: float = detail(1.0, "Passes over the data; max_steps overrides it.", gt=0)
     max_steps: int | None = detail(None, "Optimiser steps, whatever the number of epochs.", ge=1)
-    batch_size: int = detail(16, "Examples a micro-step; an optimiser step takes batch_size × accumulation of them.", ge=1)
-    accumulation: int = detail(1, "Multiplies batch_size. Memory is set by row_tokens alone; results do not depend on the cut.", ge=1)
+    batch_size: int = detail(
+        16, "Examples a micro-step; an optimiser step takes batch_size × accumulation of them.", ge=1
+    )
+    accumulation: int = detail(
+        1, "Multiplies batch_size. Memory is set by row_tokens alone; results do not depend on the cut.", ge=1
+    )
     row_tokens: int = detail(1024, "Tokens of one forward pass. A longer example has a row of its own.", ge=16)
     lr: float = detail(1e-4, "Peak learning rate.", gt=0)
     optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
@@ -47,12 +51,18 @@ class Training(Config):
     warmup: float = detail(0.03, "Warm-up: steps, or a share of them when below 1.", ge=0)
     weight_decay: float = detail(0.0, "Decoupled weight decay of matrices.", ge=0)
     clip: float | None = detail(1.0, "Largest gradient norm; null: none.", gt=0)
-    precision: Precision = detail("auto", "float32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it, else float32.")
-    activation_checkpointing: bool = detail(False, "Recompute activations in the backward pass: less memory, a third more time.")
+    precision: Precision = detail(
+        "auto", "float32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it, else float32."
+    )
+    activation_checkpointing: bool = detail(
+        False, "Recompute activations in the backward pass: less memory, a third more time."
+    )
     evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
     keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
     patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
-    checkpoint_every: int | None = detail(None, "Steps between checkpoints; null: by time, at most 5 % of it.", ge=1, affects_result=False)
+    checkpoint_every: int | None = detail(
+        None, "Steps between checkpoints; null: by time, at most 5 % of it.", ge=1, affects_result=False
+    )
     keep_checkpoints: int = detail(2, "Newest checkpoints kept while training.", ge=1, affects_result=False)
 
 
@@ -116,11 +126,23 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         self.root = job.dir / "checkpoints"
         self.metrics = job.dir / "metrics.jsonl"
-        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "trained_tokens": 0, "best": None, "best_step": None, "bad": 0, "stopped": False, "rates": []}
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "tokens": 0,
+            "trained_tokens": 0,
+            "best": None,
+            "best_step": None,
+            "bad": 0,
+            "stopped": False,
+            "rates": [],
+        }
 
     def warnings(self) -> list[str]:
         return tripwires.before(
-            steps=self.steps, steps_per_epoch=self.batches.per_epoch, warmup=self.warmup, asked_epochs=self.training.max_steps is None and self.training.epochs < 1
+            steps=self.steps,
+            steps_per_epoch=self.batches.per_epoch,
+            warmup=self.warmup,
+            asked_epochs=self.training.max_steps is None and self.training.epochs < 1,
         )
 
     def run(self) -> Outcome:
@@ -151,8 +173,12 @@ class Loop:
             self.job.warn(text)
         if self.training.keep_best and self.state["best_step"] not in (None, self.state["step"]):
             checkpoint.read_weights(self.root / f"best-{self.state['best_step']}", self.policy)
-            self.job.say(f"kept the weights of step {self.state['best_step']} (validation loss {self.state['best']:.4f})")
-        self.job.counts.update(steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"])
+            self.job.say(
+                f"kept the weights of step {self.state['best_step']} (validation loss {self.state['best']:.4f})"
+            )
+        self.job.counts.update(
+            steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"]
+        )
         return Outcome(self.state["step"], self.state["best"], loss)
 
     def _step(self) -> float:
@@ -180,7 +206,13 @@ class Loop:
         self.state["trained_tokens"] += sum(len(r.tgt) for r in rows)
         self.state["rates"] = [*self.state["rates"][:2], lr]
         took = time.perf_counter() - began
-        line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": self.state["tokens"]}
+        line = {
+            "step": step + 1,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens": self.state["tokens"],
+        }
         self._log({**line, "tokens_per_second": round(tokens / took, 1), "seconds": round(self.job.seconds(), 2)})
         return loss
 
@@ -217,7 +249,9 @@ class Loop:
         if best:
             self.state.update(best=value, best_step=step, bad=0)
             if self.training.keep_best:
-                checkpoint.write(self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value})
+                checkpoint.write(
+                    self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value}
+                )
                 checkpoint.forget_bests(self.root, but=step)
         else:
             self.state["bad"] += 1
@@ -254,7 +288,9 @@ class Loop:
             # a best later than this checkpoint will be met again: the same steps give the same weights
             if any(_number(b) == state["best_step"] or _number(b) > state["step"] for b in whole):
                 return found
-            self.job.warn(f"the best weights (step {state['best_step']}) are damaged or gone; going back before {folder.name}")
+            self.job.warn(
+                f"the best weights (step {state['best_step']}) are damaged or gone; going back before {folder.name}"
+            )
             shutil.rmtree(folder)
         return None
 

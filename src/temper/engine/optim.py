@@ -33,7 +33,9 @@ def adamw_8bit(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: f
     try:
         import bitsandbytes
     except ImportError:
-        raise ModelError("adamw_8bit needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw") from None
+        raise ModelError(
+            "adamw_8bit needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw"
+        ) from None
     return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps)
 
 

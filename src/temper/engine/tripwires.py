@@ -12,7 +12,9 @@ def before(*, steps: int, steps_per_epoch: int, warmup: int, asked_epochs: bool)
     """Warnings on a plan of steps."""
     out = []
     if steps < steps_per_epoch and not asked_epochs:
-        out.append(f"the run ends after {steps} steps, before the first epoch is through ({steps_per_epoch} steps): part of the data is never seen")
+        out.append(
+            f"the run ends after {steps} steps, before the first epoch is through ({steps_per_epoch} steps): part of the data is never seen"
+        )
     if warmup and warmup >= steps:
         out.append(f"warm-up takes {warmup} steps and the run has {steps}: the learning rate never reaches its value")
     return out
@@ -48,4 +50,6 @@ def check_gradient(norm: float, step: int) -> None:
             do="check adapter targets, and that rows have a trained part",
         )
     if not math.isfinite(norm):
-        raise TrainingError(f"the gradient norm of step {step} is {norm}", do="lower lr, or use precision: float32 or bf16")
+        raise TrainingError(
+            f"the gradient norm of step {step} is {norm}", do="lower lr, or use precision: float32 or bf16"
+        )

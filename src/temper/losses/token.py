@@ -16,7 +16,9 @@ class Terms:
 
     values: torch.Tensor  # [S], with gradient
     weights: torch.Tensor  # [S], without
-    extras: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # detached, [S] each; logged as weighted means
+    extras: dict[str, torch.Tensor] = dataclasses.field(
+        default_factory=dict
+    )  # detached, [S] each; logged as weighted means
 
 
 token_losses: Registry[Callable[..., Terms]] = Registry("token loss")

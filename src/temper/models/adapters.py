@@ -21,11 +21,15 @@ from temper.run import write_json
 class Adapter(Config):
     """What is trained instead of the whole model."""
 
-    method: Literal["lora"] = Field("lora", description="LoRA (Hu et al. 2021): W + (alpha / r)·B·A with A and B trained.")
+    method: Literal["lora"] = Field(
+        "lora", description="LoRA (Hu et al. 2021): W + (alpha / r)·B·A with A and B trained."
+    )
     r: int = Field(16, ge=1, description="Rank of the update.")
     alpha: float | None = Field(None, description="Scale of the update; null: twice the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | list[str] = Field("all-linear", description="Layers to adapt: all-linear, a regular expression, or names.")
+    targets: str | list[str] = Field(
+        "all-linear", description="Layers to adapt: all-linear, a regular expression, or names."
+    )
     rslora: bool = Field(False, description="Scale by alpha / √r (Kalajdzievski 2023).")
     dora: bool = Field(False, description="Weight-decomposed LoRA (Liu et al. 2024).")
 
@@ -51,7 +55,9 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
     except ValueError as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         wanted = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-        raise ModelError(f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, names)) from None
+        raise ModelError(
+            f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, names)
+        ) from None
 
 
 def save(model: PeftModel, folder: Path, base: hub.Source, *, stage: str | None, identity: str) -> None:
@@ -80,7 +86,9 @@ def put_on(model: PreTrainedModel, source: hub.Source, *, trainable: bool = Fals
             wrapped = PeftModel.from_pretrained(wrapped, folder, is_trainable=trainable)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ModelError(
-                f"the adapter {folder} does not fit {source.name}", where=str(error).splitlines()[0][:200], do="put it on the base it was trained on"
+                f"the adapter {folder} does not fit {source.name}",
+                where=str(error).splitlines()[0][:200],
+                do="put it on the base it was trained on",
             ) from None
     return wrapped
 
@@ -110,7 +118,8 @@ def merged(model: PeftModel) -> tuple[PreTrainedModel, float]:
     change = max(((layer.weight - old).norm() / old.norm()).item() for layer, old in zip(layers, before, strict=True))  # type: ignore[union-attr, operator]
     if change == 0:
         raise ModelError(
-            "merging changed nothing: the merged model would be its base", do="was the adapter trained? in half precision a small update rounds away"
+            "merging changed nothing: the merged model would be its base",
+            do="was the adapter trained? in half precision a small update rounds away",
         )
     return out, change
 
@@ -125,5 +134,7 @@ def open_model(
     trainable: bool = False,
 ) -> tuple[Any, list[str]]:
     """A model with its adapters on it, and notices."""
-    base, notices = load.model(source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code)
+    base, notices = load.model(
+        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code
+    )
     return put_on(base, source, trainable=trainable), notices

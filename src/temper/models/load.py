@@ -28,7 +28,11 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {name}", where=_first_line(error), do="put tokenizer.json beside the weights") from None
+        raise ModelError(
+            f"no tokenizer could be loaded from {name}",
+            where=_first_line(error),
+            do="put tokenizer.json beside the weights",
+        ) from None
     if found.pad_token_id is None and found.eos_token_id is not None:
         found.pad_token = found.eos_token  # only ever under a mask of zeros
     return found
@@ -53,7 +57,10 @@ def model(
     except (OSError, ValueError) as error:
         raise _explained(source, error) from None
     if config.is_encoder_decoder:
-        raise ModelError(f"{source.name} is an encoder–decoder, and this stage trains decoder-only models", do="choose a causal language model")
+        raise ModelError(
+            f"{source.name} is an encoder–decoder, and this stage trains decoder-only models",
+            do="choose a causal language model",
+        )
     if source.local and not list(Path(source.name).glob("*.safetensors")):
         notices.append(f"{source.name} holds pickled weights only; they are read with torch.load(weights_only=True)")
     wanted = {} if attention == "auto" else {"attn_implementation": attention}
@@ -77,7 +84,9 @@ def model(
             do="is the download complete, and is it a causal language model?",
         )
     if info["unexpected_keys"]:
-        notices.append(f"{len(info['unexpected_keys'])} weights of {source.name} belong to no part of the language model and are left out")
+        notices.append(
+            f"{len(info['unexpected_keys'])} weights of {source.name} belong to no part of the language model and are left out"
+        )
     loaded.to(device)  # type: ignore[arg-type]
     return loaded, notices
 
@@ -130,7 +139,11 @@ def _explained(source: Source, error: Exception) -> ModelError:
         )
     if isinstance(error, json.JSONDecodeError):
         return ModelError(f"the configuration of {source.name} is not valid JSON", do="download it again")
-    return ModelError(f"{source.name} cannot be loaded", where=_first_line(error), do="is it complete, and of a kind that this transformers knows?")
+    return ModelError(
+        f"{source.name} cannot be loaded",
+        where=_first_line(error),
+        do="is it complete, and of a kind that this transformers knows?",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -161,7 +161,13 @@ def prove(policy: Policy, *, length: int = 64, seed: int = 0) -> dict[str, Any]:
         return flatten(Node(draw(n), None, tuple(Node(draw(k), [1.0] * k) for k in (7, 5))))
 
     row = join([tree(prompt), tree(9)]).to(policy.device)
-    causal = Row(**{**row.__dict__, "end": torch.full_like(row.end, len(row.ids)), "pos": torch.arange(len(row.ids), device=row.pos.device)})
+    causal = Row(
+        **{
+            **row.__dict__,
+            "end": torch.full_like(row.end, len(row.ids)),
+            "pos": torch.arange(len(row.ids), device=row.pos.device),
+        }
+    )
     was_training = policy.training
     policy.eval()
     try:

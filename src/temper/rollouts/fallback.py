@@ -57,7 +57,11 @@ def generate(
         repetition_penalty=decoding.repetition_penalty,
         eos_token_id=sorted(end_ids),
         pad_token_id=pad_id,
-        **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or 0} if decoding.temperature > 0 else {}),
+        **(
+            {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or 0}
+            if decoding.temperature > 0
+            else {}
+        ),
     )
     for k, prompt in enumerate(prompts):
         if not prompt:

@@ -28,27 +28,41 @@ class Data(Stage):
     kind = "data"
     gives = "data"
 
-    source: str = detail(..., "A file, a pattern, a folder (csv, tsv, json, jsonl, parquet, txt, also .gz), mini:NAME, or a hub id.")
+    source: str = detail(
+        ..., "A file, a pattern, a folder (csv, tsv, json, jsonl, parquet, txt, also .gz), mini:NAME, or a hub id."
+    )
     config: str | None = detail(None, "Configuration of a hub data set.")
     split: str | None = detail(None, "Which split of the source to read; null: train where a hub data set has it.")
     revision: str | None = detail(None, "Commit, tag or branch of a hub data set.")
     encoding: str = detail("utf-8", "Encoding of local text files.")
     take: int | None = detail(None, "At most so many rows, drawn by the seed; for mini sets how many to make.", ge=1)
 
-    prompt: str | list[Any] | None = detail(None, "Template of the prompt: text with {column} in it, or a list of messages.")
+    prompt: str | list[Any] | None = detail(
+        None, "Template of the prompt: text with {column} in it, or a list of messages."
+    )
     completion: str | list[Any] | None = detail(None, "Template of the answer.")
     chosen: str | list[Any] | None = detail(None, "Template of the preferred answer.")
     rejected: str | list[Any] | None = detail(None, "Template of the other answer.")
-    messages: str | list[Any] | None = detail(None, "Template of a conversation; «{column}» takes a column that holds one.")
+    messages: str | list[Any] | None = detail(
+        None, "Template of a conversation; «{column}» takes a column that holds one."
+    )
     text: str | None = detail(None, "Template of plain text.")
     label: str | None = detail(None, "Template of a label.")
     keep: list[str] = detail([], "Further columns to carry along (rewards and reports can read them).")
-    format: Format = detail(Format(), "How prompts and answers are written out for a model, in training and at inference.")
+    format: Format = detail(
+        Format(), "How prompts and answers are written out for a model, in training and at inference."
+    )
 
     drop: Drop = detail(Drop(), "Which rows are dropped, each with a counted reason.")
-    tokenizer: ModelRef | None = detail(None, "Count lengths in this model's tokens (base, or a model); null: in characters.")
-    validation: float | int | str = detail(0.05, "A share, a number of rows, or another source (split:NAME: another split of this one).")
-    test: float | int | str = detail(0.1, "A share, a number of rows, or another source (split:NAME: another split of this one).")
+    tokenizer: ModelRef | None = detail(
+        None, "Count lengths in this model's tokens (base, or a model); null: in characters."
+    )
+    validation: float | int | str = detail(
+        0.05, "A share, a number of rows, or another source (split:NAME: another split of this one)."
+    )
+    test: float | int | str = detail(
+        0.1, "A share, a number of rows, or another source (split:NAME: another split of this one)."
+    )
     group: str | None = detail(None, "Rows with the same value in this column stay in one split.")
     near_leaks: bool = detail(True, "Also look for test rows that nearly stand in train.")
 
@@ -67,16 +81,24 @@ class Data(Stage):
         for name in ("validation", "test"):
             value = getattr(self, name)
             if isinstance(value, str):
-                other = self._read(job, *((self.source, value[6:]) if value.startswith("split:") else (value, None)), None)
+                other = self._read(
+                    job, *((self.source, value[6:]) if value.startswith("split:") else (value, None)), None
+                )
                 mapped[name] = self._mapped(other.records)
         dropped: list[tuple[Record, str]] = []
         splits: Splits = {}
         for name, records in mapped.items():
-            cleaned = clean(records, self.drop, length=(lambda row: sum(length(t) for t in texts(row).values())) if unit == "tokens" else None)
+            cleaned = clean(
+                records,
+                self.drop,
+                length=(lambda row: sum(length(t) for t in texts(row).values())) if unit == "tokens" else None,
+            )
             dropped += cleaned.dropped
             splits[name] = cleaned.kept
         sizes = {n: v if not isinstance(v := getattr(self, n), str) else 0 for n in ("validation", "test")}
-        own = split(splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group)
+        own = split(
+            splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group
+        )
         splits = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
         found = leaks(splits, near=self.near_leaks)
         (job.dir / "data").mkdir(exist_ok=True)
@@ -105,7 +127,14 @@ class Data(Stage):
 
     def _read(self, job: Job, name: str, part: str | None, rows: int | None) -> sources.Source:
         return sources.read(
-            name, config=self.config, split=part, revision=self.revision, encoding=self.encoding, base=job.recipe.folder, rows=rows, seed=job.recipe.seed
+            name,
+            config=self.config,
+            split=part,
+            revision=self.revision,
+            encoding=self.encoding,
+            base=job.recipe.folder,
+            rows=rows,
+            seed=job.recipe.seed,
         )
 
     def _mapped(self, records: list[Record]) -> list[Record]:
@@ -125,4 +154,3 @@ class Data(Stage):
             return known[text]
 
         return count, "tokens"
-

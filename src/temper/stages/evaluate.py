@@ -38,11 +38,15 @@ class Evaluate(Stage):
 
     models: list[ModelRef] = detail(..., "What is compared, in order: stages, base, folders or hub ids.", min_length=1)
     data: DataRef = detail(..., "STAGE or STAGE.SPLIT; without a split: test.")
-    metrics: list[str | dict[str, Any]] = detail(["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1)
+    metrics: list[str | dict[str, Any]] = detail(
+        ["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1
+    )
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
     batch_size: int = detail(32, "Answers decoded together.", ge=1, affects_result=False)
-    row_tokens: int = detail(2048, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False)
+    row_tokens: int = detail(
+        2048, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False
+    )
     precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
     resamples: int = detail(10_000, "Bootstrap and permutation resamples.", ge=100)
@@ -83,7 +87,9 @@ class Evaluate(Stage):
     def _records(self, job: Job) -> list[Record]:
         path = job.rows(self.data, "test")
         if path is None:
-            raise DataError(f"{self._split_name()} has no rows", do="give that data stage a larger test (or validation) split")
+            raise DataError(
+                f"{self._split_name()} has no rows", do="give that data stage a larger test (or validation) split"
+            )
         records = read_rows(path)[: self.take]
         for name in self.models:
             if name in job.inputs and (job.inputs[name].path / "trained_on.npy").is_file():
@@ -107,7 +113,9 @@ class Evaluate(Stage):
         trust = job.recipe.trust_remote_code
         tokenizer = load.tokenizer(source, trust_remote_code=trust)
         dtype = devices.DTYPES[precision] if device.type == "cuda" else torch.float32
-        hf, notices = adapters.open_model(source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust)
+        hf, notices = adapters.open_model(
+            source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust
+        )
         for notice in notices:
             job.warn(notice)
         policy = Policy(hf)
@@ -136,7 +144,9 @@ class Evaluate(Stage):
                     hf, prompts, self.decoding, end_ids=sorted(encoder.end_ids), pad_id=tokenizer.pad_token_id,
                     batch_size=self.batch_size, seed=job.seed, progress=bar,
                 )  # fmt: skip
-            out["predictions"] = [t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)]
+            out["predictions"] = [
+                t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
+            ]
             out["ended"] = [a.ended for a in answers]
         if metrics.needs_likelihood(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
@@ -144,11 +154,17 @@ class Evaluate(Stage):
         write_json(kept, out)
         return _outputs(out)
 
-    def _likelihood(self, policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str) -> tuple[list[float], list[int]]:
+    def _likelihood(
+        self, policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str
+    ) -> tuple[list[float], list[int]]:
         """Summed negative log-likelihood of each answer, and its number of tokens."""
         for e in encoded:
             if len(e.ids) > context:
-                raise DataError(f"a row of {len(e.ids)} tokens exceeds the context of {name} ({context})", where=e.where, do="drop: {longer_than: …} in the data stage")
+                raise DataError(
+                    f"a row of {len(e.ids)} tokens exceeds the context of {name} ({context})",
+                    where=e.where,
+                    do="drop: {longer_than: …} in the data stage",
+                )
         trees = [tree_of(e) for e in encoded]
         place = {id(t): k for k, t in enumerate(trees)}
         nll, tokens = [0.0] * len(trees), [len(t.tgt) for t in trees]
@@ -166,7 +182,9 @@ class Evaluate(Stage):
         first = next(iter(outputs.values()))
         for name, out in outputs.items():
             if out.tokens is not None and first.tokens is not None and not np.array_equal(out.tokens, first.tokens):
-                job.warn(f"loss and perplexity of {name} and {self.models[0]} count different tokens and cannot be compared: their tokenizers differ")
+                job.warn(
+                    f"loss and perplexity of {name} and {self.models[0]} count different tokens and cannot be compared: their tokenizers differ"
+                )
 
     def _values(self, scores: dict[str, Scores], seed: int) -> dict[str, Any]:
         out = {}
@@ -199,7 +217,11 @@ class Evaluate(Stage):
 
     def _write_rows(self, job: Job, outputs: dict[str, Outputs], scores: dict[str, dict[str, Scores]]) -> None:
         first = outputs[self.models[0]]
-        table: dict[str, Any] = {"id": list(range(len(first.references))), "prompt": first.prompts, "reference": first.references}
+        table: dict[str, Any] = {
+            "id": list(range(len(first.references))),
+            "prompt": first.prompts,
+            "reference": first.references,
+        }
         for name in self.models:
             table[f"{name}|prediction"] = outputs[name].predictions
             table[f"{name}|ended"] = outputs[name].ended
@@ -214,7 +236,9 @@ class Evaluate(Stage):
             lines.append(f"{name}: {shown}")
         for c in entry["comparisons"]:
             if c["difference"] is not None and c["p_adjusted"] is not None and c["low"] is not None:
-                lines.append(f"{c['b']} − {c['a']}, {c['metric']}: {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}), adjusted p {c['p_adjusted']:.2g}")
+                lines.append(
+                    f"{c['b']} − {c['a']}, {c['metric']}: {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}), adjusted p {c['p_adjusted']:.2g}"
+                )
         job.summary = "\n".join(lines)
         job.say(job.summary)
 

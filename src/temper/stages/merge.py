@@ -7,8 +7,11 @@ from peft import PeftModel
 from temper.engine import device as devices
 from temper.errors import ModelError
 from temper.models import adapters, load
+from temper.models.scores import Policy
 from temper.pipeline import Job
 from temper.recipe import ModelRef, Stage, detail, stages
+from temper.stages.training import proven_merge, settle
+from temper.trees import chain, join
 
 
 @stages.register("merge")
@@ -25,10 +28,15 @@ class Merge(Stage):
         source = job.model(self.model)
         hf, notices = adapters.open_model(source, device=device, trust_remote_code=job.recipe.trust_remote_code)
         if not isinstance(hf, PeftModel):
-            raise ModelError(f"{self.model} holds no adapter, so there is nothing to merge", do="name a stage that trains an adapter")
+            raise ModelError(
+                f"{self.model} holds no adapter, so there is nothing to merge", do="name a stage that trains an adapter"
+            )
         for notice in notices:
             job.warn(notice)
-        out, change = adapters.merged(hf)
-        job.facts["merge"] = f"largest relative change of a weight tensor: {change:.2e}"
+        tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
+        policy = Policy(hf)
+        settle(job, policy, "auto", 64, device, "float32")
+        probe = tokenizer("0 1 2 3 4 5 6 7 8 9 — А Б В a b c", add_special_tokens=True)["input_ids"]
+        out = proven_merge(job, policy, join([chain(probe, [1.0] * len(probe))]))
         job.counts["parameters"] = load.parameters(out)[0]
-        load.save(out, load.tokenizer(source), job.dir / "model")
+        load.save(out, tokenizer, job.dir / "model")

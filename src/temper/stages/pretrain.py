@@ -56,7 +56,11 @@ class Pretrain(Stage, Training):
         precision = devices.precision(self.precision, device)
         policy = Policy(fresh(self.shape, tokenizer, job.seed).to(device))  # type: ignore[arg-type]
         trees = [t for r in records for t in blocks(tokenizer, r, self.shape.context)]
-        validation = [t for r in texts(job, self.data, "validation", optional=True) for t in blocks(tokenizer, r, self.shape.context)]
+        validation = [
+            t
+            for r in texts(job, self.data, "validation", optional=True)
+            for t in blocks(tokenizer, r, self.shape.context)
+        ]
         settle(job, policy, "auto", max(t.depth for t in trees), device, precision)
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, job.seed)
         loop = Loop(job, policy, nll, batches, self, precision, rows_of(validation, self.row_tokens))
@@ -75,10 +79,15 @@ def texts(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Rec
     if path is None:
         if optional:
             return []
-        raise DataError(f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller")
+        raise DataError(
+            f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
+        )
     records = read_rows(path)
     if "text" not in records[0].row:
-        raise DataError(f"pretraining reads a column «text»; {ref} has {', '.join(records[0].row)}", do='map it in the data stage: text: "{column}"')
+        raise DataError(
+            f"pretraining reads a column «text»; {ref} has {', '.join(records[0].row)}",
+            do='map it in the data stage: text: "{column}"',
+        )
     return records
 
 
@@ -92,7 +101,10 @@ def train_tokenizer(corpus: list[str], shape: Shape) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=shape.vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=shape.vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
@@ -122,7 +134,11 @@ def fresh(shape: Shape, tokenizer: Any, seed: int) -> LlamaForCausalLM:
 def blocks(tokenizer: Any, record: Record, context: int) -> list[Any]:
     """A text → one sequence, or several of at most `context` tokens where it is longer; the last ends with the end token."""
     ids = [*tokenizer(record.row["text"])["input_ids"], tokenizer.eos_token_id]
-    return [chain(part, [1.0] * len(part), record.where) for k in range(0, len(ids), context) if len(part := ids[k : k + context]) > 1]
+    return [
+        chain(part, [1.0] * len(part), record.where)
+        for k in range(0, len(ids), context)
+        if len(part := ids[k : k + context]) > 1
+    ]
 
 
 def remove(job: Job, name: str) -> None:

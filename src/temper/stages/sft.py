@@ -28,7 +28,9 @@ class Sft(TrainingStage):
 
     data: DataRef = detail(..., "A data stage whose rows are prompt–completion, messages or text.")
     max_length: int | None = detail(None, "Longest example in tokens; null: the model's context.", ge=8)
-    too_long: str = detail("drop", "What happens to longer ones: drop (counted), cut (counted), or error.", pattern="^(drop|cut|error)$")
+    too_long: str = detail(
+        "drop", "What happens to longer ones: drop (counted), cut (counted), or error.", pattern="^(drop|cut|error)$"
+    )
 
     def run(self, job: Job) -> None:
         records = _rows(job, self.data, "train")
@@ -40,7 +42,11 @@ class Sft(TrainingStage):
         policy, tokenizer, source, precision = open_policy(job, self, longest)
         limit = min(self.max_length or 10**9, load.context(policy.inner) or 10**9)
         trees, note = fitted(encoded, limit, self.too_long)
-        held = [tree_of(e) for e in encoder.encode(_rows(job, self.data, "validation", optional=True)) if len(e.ids) <= (load.context(policy.inner) or 10**9)]
+        held = [
+            tree_of(e)
+            for e in encoder.encode(_rows(job, self.data, "validation", optional=True))
+            if len(e.ids) <= (load.context(policy.inner) or 10**9)
+        ]
         check_fits(trees, load.context(policy.inner))
         np.save(job.dir / "trained_on.npy", fingerprints(records))
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, job.seed)
@@ -52,17 +58,21 @@ class Sft(TrainingStage):
             f"written as: {encoder.description}",
         ]
         if moved:
-            job.warn(f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; there the trained part begins a token earlier")
+            job.warn(
+                f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; there the trained part begins a token earlier"
+            )
         summarise(job, loop, lines, trees, show(tokenizer, encoded[0]))
         loop.run()
-        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids)
+        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=batches.rows(0)[0])
         remove(job, "checkpoints")
 
 
 def _rows(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
     path = job.rows(ref, split)
     if path is None and not optional:
-        raise DataError(f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller")
+        raise DataError(
+            f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
+        )
     return read_rows(path) if path is not None else []
 
 
@@ -83,17 +93,32 @@ def fitted(encoded: list[Encoded], limit: int, too_long: str) -> tuple[list[Tree
     """
     long = [e for e in encoded if len(e.ids) > limit]
     if long and too_long == "error":
-        raise DataError(f"{len(long)} examples are longer than {limit} tokens", where=long[0].where, do="too_long: drop or cut, or a larger max_length")
+        raise DataError(
+            f"{len(long)} examples are longer than {limit} tokens",
+            where=long[0].where,
+            do="too_long: drop or cut, or a larger max_length",
+        )
     kept = [e for e in encoded if len(e.ids) <= limit]
     if too_long == "cut":
         cut = [Encoded(e.ids[:limit], e.trained[:limit], e.where) for e in long]
         kept = kept + [e for e in cut if any(e.trained)]
     if not kept:
-        raise DataError(f"no example has at most {limit} tokens (the shortest has {min(len(e.ids) for e in encoded)})", do="raise max_length, or too_long: cut")
+        raise DataError(
+            f"no example has at most {limit} tokens (the shortest has {min(len(e.ids) for e in encoded)})",
+            do="raise max_length, or too_long: cut",
+        )
     what = "cut" if too_long == "cut" else "dropped"
     lost = len(encoded) - len(kept)
-    note = f"{len(long):,} longer than {limit} tokens {what}" if long else f"none longer than {limit} tokens" if limit < 10**9 else "no limit on length"
-    return [tree_of(e) for e in kept], note + (f" ({lost} of them had no answer left)" if too_long == "cut" and lost else "")
+    note = (
+        f"{len(long):,} longer than {limit} tokens {what}"
+        if long
+        else f"none longer than {limit} tokens"
+        if limit < 10**9
+        else "no limit on length"
+    )
+    return [tree_of(e) for e in kept], note + (
+        f" ({lost} of them had no answer left)" if too_long == "cut" and lost else ""
+    )
 
 
 def fingerprints(records: list[Record]) -> np.ndarray:

@@ -17,7 +17,7 @@ from temper.models.adapters import Adapter
 from temper.models.scores import Policy, prove
 from temper.pipeline import Job
 from temper.recipe import ModelRef, Stage, detail
-from temper.trees import Tree
+from temper.trees import Row, Tree
 
 
 class TrainingStage(Stage, Training):
@@ -29,8 +29,14 @@ class TrainingStage(Stage, Training):
     adapter: Adapter | None = detail(None, "Train an adapter instead of the whole model.")
     merge: bool = detail(False, "Fold the adapter into the base at the end; the adapter is saved too.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
-    layout: str = detail("auto", "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.", pattern="^(auto|tree|padded)$")
-    seeds: int = detail(1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False)
+    layout: str = detail(
+        "auto",
+        "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.",
+        pattern="^(auto|tree|padded)$",
+    )
+    seeds: int = detail(
+        1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False
+    )
 
 
 def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, Any, hub.Source, str]:
@@ -73,20 +79,32 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
         with devices.autocast(device, precision):
             proof = prove(policy, length=length)
         if layout == "tree" and policy.layout != "tree":
-            raise load.ModelError(f"layout: tree was asked for, and {proof['reason']}", do="layout: auto takes the padded layout for such models")
+            raise load.ModelError(
+                f"layout: tree was asked for, and {proof['reason']}",
+                do="layout: auto takes the padded layout for such models",
+            )
         if policy.layout == "padded":
-            job.warn(f"trees are not used with this model ({proof['reason']}); the padded layout gives the same numbers, slower")
+            job.warn(
+                f"trees are not used with this model ({proof['reason']}); the padded layout gives the same numbers, slower"
+            )
     hf = policy.inner
     every, trained = load.parameters(policy)
     job.counts.update(parameters=every, trainable_parameters=trained)
     job.facts.update(
-        device=str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type})",
+        device=str(device)
+        if device.type == "cpu"
+        else f"{device} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type})",
         threads=torch.get_num_threads(),
         precision=precision,
         weights=str(next(policy.parameters()).dtype).removeprefix("torch."),
         attention=hf.config._attn_implementation,
         layout=policy.layout,
-        proof=proof["reason"] + (f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})" if proof.get("difference") is not None else ""),
+        proof=proof["reason"]
+        + (
+            f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})"
+            if proof.get("difference") is not None
+            else ""
+        ),
         activation_checkpointing=bool(getattr(hf, "is_gradient_checkpointing", False)),
     )
 
@@ -116,7 +134,9 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     for warning in loop.warnings():
         job.warn(warning)
     if scored == 0:
-        raise load.ModelError("no token of any example is trained", do="look at the data's columns and at the chat template")
+        raise load.ModelError(
+            "no token of any example is trained", do="look at the data's columns and at the chat template"
+        )
 
 
 def _probe(loop: Loop) -> tuple[float, float]:
@@ -141,20 +161,50 @@ def _resident() -> float:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
-def finish(job: Job, policy: Policy, tokenizer: Any, source: hub.Source, *, merge: bool, ends: set[int]) -> None:
-    """Save what was trained in the formats of transformers and PEFT; a merge is proven against the adapter."""
+def finish(
+    job: Job, policy: Policy, tokenizer: Any, source: hub.Source, *, merge: bool, ends: set[int], probe: Row
+) -> None:
+    """Save what was trained in the formats of transformers and PEFT; a merge is proven against the adapter on `probe`."""
     stage_name = job.recipe.model if job.stage.model == "base" else job.stage.model  # type: ignore[attr-defined]
     hf = policy.hf
+    job.peak_device_memory = devices.peak_memory(policy.device)
     if isinstance(hf, PeftModel):
         base_stage = stage_name if stage_name in job.inputs and not source.adapters else None
         adapters.save(hf, job.dir / "adapter", source, stage=base_stage, identity=hub.identity(source))
         tokenizer.save_pretrained(job.dir / "adapter")
         if not merge:
             return
-        hf, change = adapters.merged(hf)
-        job.facts["merge"] = f"largest relative change of a weight tensor: {change:.2e}"
+        hf = proven_merge(job, policy, probe)
     load.save(hf, tokenizer, job.dir / "model", ends=ends)
-    job.peak_device_memory = devices.peak_memory(policy.device)
+
+
+def proven_merge(job: Job, policy: Policy, probe: Row) -> Any:
+    """The merged model, its log-probabilities on real examples compared with the adapter's.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    probe = probe.to(policy.device)
+    policy.eval()
+    with torch.no_grad():
+        before = policy(probe)
+        hf, change = adapters.merged(policy.hf)
+        difference = (Policy(hf, policy.layout)(probe) - before).abs().max().item()
+    job.facts["merge"] = (
+        f"weights changed by up to {change:.1e} of their norm; log-probabilities equal the adapter's to {difference:.1e}"
+    )
+    if difference > (1e-2 if before.dtype == next(hf.parameters()).dtype else 0.5):
+        raise load.ModelError(
+            f"the merged model's log-probabilities differ from the adapter's by up to {difference:.2g} nats",
+            do="merge: false keeps the adapter apart",
+        )
+    return hf
