@@ -116,36 +116,75 @@ def group(prompt: Sequence[int], completions: Iterable[Sequence[int]], origin: s
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Trees side by side in one row of tokens: what one forward pass takes. int64 tensors, `weight` float32."""
+    """What one forward pass takes: trees side by side, in one or several lanes of equal width.
 
-    ids: torch.Tensor  # [T]
+    T = lanes × width; index i lies in lane i // width. Lanes keep the mask small: it costs lanes × width², and a lane
+    need be no longer than its examples. int64 tensors, `weight` float32.
+    """
+
+    ids: torch.Tensor  # [T], 0 where a lane is not full
     pos: torch.Tensor  # [T]
-    end: torch.Tensor  # [T]
+    end: torch.Tensor  # [T]; an unused place sees itself alone
     tgt: torch.Tensor  # [S]
     src: torch.Tensor  # [S]
     weight: torch.Tensor  # [S]
     branch: torch.Tensor  # [S] counted through all trees of the row
     tips: torch.Tensor  # [B]
     trees: tuple[Tree, ...]
+    starts: tuple[int, ...]  # index of each tree's first token
+    lanes: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its trees; unused places are not counted."""
+        return sum(len(t) for t in self.trees)
 
     def to(self, device: torch.device) -> Row:
-        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "trees"}
-        return Row(**moved, trees=self.trees)
+        moved = {f.name: v.to(device) for f in dataclasses.fields(self) if torch.is_tensor(v := getattr(self, f.name))}
+        return dataclasses.replace(self, **moved)
 
 
 def join(trees: Sequence[Tree]) -> Row:
-    """Trees → one row; none sees another, because every `end` stays within its tree."""
-    offsets = np.cumsum([0, *(len(t) for t in trees)])[:-1]
-    first_branch = np.cumsum([0, *(len(t.tips) for t in trees)])[:-1]
+    """Trees → one row of one lane; none sees another, because every `end` stays within its tree."""
+    return stack([trees])
 
-    def cat(name: str, shift: np.ndarray | None = None) -> torch.Tensor:
+
+def stack(lanes: Sequence[Sequence[Tree]]) -> Row:
+    """Lanes of trees → one row, every lane as wide as the longest."""
+    width = max(sum(len(t) for t in lane) for lane in lanes)
+    trees = [t for lane in lanes for t in lane]
+    starts = [k * width + int(n) for k, lane in enumerate(lanes) for n in np.cumsum([0, *(len(t) for t in lane)])[:-1]]
+    first_branch = np.cumsum([0, *(len(t.tips) for t in trees)])[:-1]
+    ids = np.zeros(len(lanes) * width, np.int64)
+    pos, end = np.zeros_like(ids), np.arange(1, len(ids) + 1)
+    for tree, at in zip(trees, starts, strict=True):
+        ids[at : at + len(tree)], pos[at : at + len(tree)], end[at : at + len(tree)] = tree.ids, tree.pos, tree.end + at
+
+    def cat(name: str, shift: Sequence[int] | np.ndarray | None = None) -> torch.Tensor:
         parts = [getattr(t, name) + (0 if shift is None else shift[k]) for k, t in enumerate(trees)]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32 if name == "weight" else np.int64))
 
     return Row(
-        cat("ids"), cat("pos"), cat("end", offsets), cat("tgt", offsets), cat("src", offsets), cat("weight"),
-        cat("branch", first_branch), cat("tips", offsets), tuple(trees),
+        torch.from_numpy(ids), torch.from_numpy(pos), torch.from_numpy(end), cat("tgt", starts), cat("src", starts),
+        cat("weight"), cat("branch", first_branch), cat("tips", starts), tuple(trees), tuple(starts), len(lanes),
     )  # fmt: skip
+
+
+def rows_of(trees: Sequence[Tree], row_tokens: int, micro_tokens: int) -> list[Row]:
+    """Trees → rows: packed into lanes of `row_tokens`, lanes of like length stacked up to `micro_tokens` a row.
+
+    A tree longer than a lane has one of its own length; a lane longer than `micro_tokens` is a row of its own.
+    """
+    sizes = [len(t) for t in trees]
+    lanes = sorted(pack(sizes, row_tokens), key=lambda lane: (-sum(sizes[i] for i in lane), lane))
+    rows: list[list[list[int]]] = []
+    widest = 0
+    for lane in lanes:
+        if not rows or (len(rows[-1]) + 1) * widest > micro_tokens:
+            rows.append([])
+            widest = sum(sizes[i] for i in lane)
+        rows[-1].append(lane)
+    return [stack([[trees[i] for i in lane] for lane in row]) for row in rows]
 
 
 def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:

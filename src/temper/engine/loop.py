@@ -28,7 +28,7 @@ from temper.models.scores import Policy
 from temper.pipeline import Job
 from temper.recipe import Config, detail
 from temper.run import write_atomic
-from temper.trees import Row, Tree, join, pack
+from temper.trees import Row, Tree, rows_of
 
 Loss = Callable[[torch.Tensor, torch.Tensor], Terms]
 
@@ -42,9 +42,12 @@ class Training(Config):
         16, "Examples a micro-step; an optimiser step takes batch_size × accumulation of them.", ge=1
     )
     accumulation: int = detail(
-        1, "Multiplies batch_size. Memory is set by row_tokens alone; results do not depend on the cut.", ge=1
+        1, "Multiplies batch_size. Memory is set by micro_tokens alone; results do not depend on the cut.", ge=1
     )
-    row_tokens: int = detail(1024, "Tokens of one forward pass. A longer example has a row of its own.", ge=16)
+    row_tokens: int = detail(256, "Examples are packed into rows of this many tokens; a longer one has its own.", ge=16)
+    micro_tokens: int = detail(
+        2048, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
+    )
     lr: float = detail(1e-4, "Peak learning rate.", gt=0)
     optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
     schedule: str = detail("cosine", "cosine, linear or constant; see `temper list schedules`.")
@@ -73,6 +76,7 @@ class Batches:
     trees: Sequence[Tree]
     size: int
     row_tokens: int
+    micro_tokens: int
     seed: int
 
     @property
@@ -86,11 +90,7 @@ class Batches:
 
     def rows(self, step: int) -> list[Row]:
         """The micro-batches of a step."""
-        return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens)
-
-
-def rows_of(trees: Sequence[Tree], budget: int) -> list[Row]:
-    return [join([trees[i] for i in taken]) for taken in pack([len(t) for t in trees], budget)]
+        return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens, self.micro_tokens)
 
 
 @dataclasses.dataclass
@@ -200,7 +200,7 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(r.ids) for r in rows)
+        tokens = sum(r.tokens for r in rows)
         self.state["step"] = step + 1
         self.state["tokens"] += tokens
         self.state["trained_tokens"] += sum(len(r.tgt) for r in rows)

@@ -34,31 +34,35 @@ def _tree_rule(
     batch_size: int, q_length: int, kv_length: int, mask_function: Any = None, device: Any = "cpu", **_: Any
 ) -> torch.Tensor:
     row = _pending[-1]
+    grid = (row.lanes, q_length)
+    lane = torch.arange(row.lanes, device=device)[:, None] * q_length
+    pos, end = row.pos.view(grid), row.end.view(grid) - lane
     i = torch.arange(q_length, device=device)[None, None, :, None]
     j = torch.arange(kv_length, device=device)[None, None, None, :]
     zero = i.new_zeros(1, 1, 1, 1)
-    return (j <= i) & (i < row.end[j]) & mask_function(zero, zero, row.pos[i], row.pos[j])
+    own_rule = mask_function(zero, zero, pos[:, None, :, None], pos[:, None, None, :])
+    return (j <= i) & (i < end[:, None, None, :]) & own_rule
 
 
 AttentionMaskInterface.register("temper_tree", _tree_rule)
 
 
 def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> Mask:
-    """The mask(s) [1, 1, T, T] of one row, in the form that this model and its attention implementation take.
+    """The mask(s) [lanes, 1, width, width] of one row, in the form that this model and its attention implementation take.
 
     Boolean for SDPA; additive for eager, which adds a boolean mask as +1 without a word. A dict by layer type for
     models that mix windows. Masks are arguments, not globals: recomputation under checkpointing sees the same ones.
     """
     config = copy.copy(model.config.get_text_config())
     config._attn_implementation = "temper_tree"
-    n = len(row.pos)
+    width = len(row.pos) // row.lanes
     _pending.append(row)
     try:
         # A 2D mask of ones must be given: without it, positions that start again are read as packed sequences.
         made = create_masks_for_generate(
             config,
-            torch.empty(1, n, 1, dtype=dtype, device=row.pos.device),
-            torch.ones(1, n, dtype=torch.bool, device=row.pos.device),
+            torch.empty(row.lanes, width, 1, dtype=dtype, device=row.pos.device),
+            torch.ones(row.lanes, width, dtype=torch.bool, device=row.pos.device),
             None,
         )
     finally:

@@ -102,13 +102,13 @@ class Policy(nn.Module):
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
         out = backbone(
-            input_ids=row.ids[None],
-            position_ids=row.pos[None],
+            input_ids=row.ids.view(row.lanes, -1),
+            position_ids=row.pos.view(row.lanes, -1),
             attention_mask=tree_mask(model, row, next(self.parameters()).dtype),
             use_cache=False,
         )
         # index_select, not indexing: the backward of the latter is not deterministic with two CPU threads
-        return out.last_hidden_state[0].index_select(0, row.src)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, row.src)
 
     def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
         """The same numbers from separate right-padded sequences; a token that branches share is scored on the first."""
@@ -124,11 +124,11 @@ class Policy(nn.Module):
 
 def _unrolled(row: Row) -> tuple[list[torch.Tensor], torch.Tensor, int]:
     """Every branch of a row as a line of token indices, and where in the [lines × width] grid each `src` lies."""
-    lines: list[torch.Tensor] = []
-    first = 0
-    for tree in row.trees:
-        lines += [torch.from_numpy(tree.path(b)).to(row.ids.device) + first for b in range(len(tree.tips))]
-        first += len(tree)
+    lines = [
+        torch.from_numpy(tree.path(b)).to(row.ids.device) + start
+        for tree, start in zip(row.trees, row.starts, strict=True)
+        for b in range(len(tree.tips))
+    ]
     width = max(len(line) for line in lines)
     depth = row.pos.index_select(0, row.src)
     return lines, row.branch * width + depth, width

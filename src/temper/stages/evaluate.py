@@ -16,7 +16,6 @@ from temper import metrics, statistics
 from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder
 from temper.engine import device as devices
-from temper.engine.loop import rows_of
 from temper.errors import DataError
 from temper.models import adapters, load
 from temper.models.scores import Policy
@@ -26,6 +25,7 @@ from temper.rollouts.fallback import Decoding, generate
 from temper.run import read_json, write_json
 from temper.stages.sft import fingerprint, format_of, tree_of
 from temper.stages.training import settle
+from temper.trees import rows_of
 from temper.types import Outputs, Record, Scores
 
 
@@ -44,8 +44,8 @@ class Evaluate(Stage):
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
     batch_size: int = detail(32, "Answers decoded together.", ge=1, affects_result=False)
-    row_tokens: int = detail(
-        2048, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False
+    micro_tokens: int = detail(
+        4096, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False
     )
     precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
@@ -170,7 +170,7 @@ class Evaluate(Stage):
         nll, tokens = [0.0] * len(trees), [len(t.tgt) for t in trees]
         policy.eval()
         with torch.no_grad(), devices.autocast(policy.device, precision):
-            for row in rows_of(trees, self.row_tokens):
+            for row in rows_of(trees, 256, self.micro_tokens):
                 sums = torch.zeros(len(row.trees), dtype=torch.float64)
                 sums.index_add_(0, row.branch, -policy(row.to(policy.device)).double().cpu())
                 for tree, value in zip(row.trees, sums.tolist(), strict=True):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from temper.data.card import read_rows
 from temper.engine import device as devices
-from temper.engine.loop import Batches, Loop, Training, rows_of
+from temper.engine.loop import Batches, Loop, Training
 from temper.errors import DataError
 from temper.losses import nll
 from temper.models import load
@@ -18,7 +18,7 @@ from temper.models.scores import Policy
 from temper.pipeline import Job
 from temper.recipe import Config, DataRef, Stage, detail, stages
 from temper.stages.training import settle, summarise
-from temper.trees import chain
+from temper.trees import chain, rows_of
 from temper.types import Record
 
 
@@ -62,8 +62,8 @@ class Pretrain(Stage, Training):
             for t in blocks(tokenizer, r, self.shape.context)
         ]
         settle(job, policy, "auto", max(t.depth for t in trees), device, precision)
-        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, job.seed)
-        loop = Loop(job, policy, nll, batches, self, precision, rows_of(validation, self.row_tokens))
+        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
+        loop = Loop(job, policy, nll, batches, self, precision, rows_of(validation, self.row_tokens, self.micro_tokens))
         job.counts["examples"] = len(trees)
         lines = [f"rows: {len(records):,} texts in {len(trees):,} sequences of at most {self.shape.context} tokens"]
         summarise(job, loop, lines, trees, tokenizer.decode(trees[0].ids[:60].tolist()))

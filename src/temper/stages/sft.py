@@ -8,7 +8,7 @@ import numpy as np
 
 from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder, Format, show
-from temper.engine.loop import Batches, Loop, rows_of
+from temper.engine.loop import Batches, Loop
 from temper.errors import DataError
 from temper.losses import nll
 from temper.models import load
@@ -16,7 +16,7 @@ from temper.pipeline import Job
 from temper.recipe import DataRef, detail, stages
 from temper.stages.pretrain import remove
 from temper.stages.training import TrainingStage, finish, open_policy, summarise
-from temper.trees import Tree, chain, check_fits
+from temper.trees import Tree, chain, check_fits, rows_of
 from temper.types import Record
 
 
@@ -49,8 +49,8 @@ class Sft(TrainingStage):
         ]
         check_fits(trees, load.context(policy.inner))
         np.save(job.dir / "trained_on.npy", fingerprints(records))
-        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, job.seed)
-        loop = Loop(job, policy, nll, batches, self, precision, rows_of(held, self.row_tokens))
+        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
+        loop = Loop(job, policy, nll, batches, self, precision, rows_of(held, self.row_tokens, self.micro_tokens))
         job.counts["examples"] = len(trees)
         moved = sum(e.moved_seam for e in encoded)
         lines = [

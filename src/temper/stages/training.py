@@ -120,7 +120,7 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     text = [
         *lines,
         f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})",
-        f"one optimiser step: {len(b.chosen(0))} examples in {len(first)} micro-batches of up to {loop.training.row_tokens} tokens",
+        f"one optimiser step: {len(b.chosen(0))} examples in {len(first)} micro-batches of up to {loop.training.micro_tokens} tokens in rows of {loop.training.row_tokens}",
         f"steps: {loop.steps} ({loop.steps / b.per_epoch:.2g} epochs), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
         f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}",
@@ -141,7 +141,7 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
 
 def _probe(loop: Loop) -> tuple[float, float]:
     """Seconds and bytes that the run will take, from one forward and backward pass that changes nothing."""
-    row = max(loop.batches.rows(0), key=lambda r: len(r.ids))
+    row = max(loop.batches.rows(0), key=lambda r: r.tokens)
     for _ in range(2):  # the first pass also pays for what is done once
         began = time.perf_counter()
         loop.gradients([row])
@@ -151,7 +151,7 @@ def _probe(loop: Loop) -> tuple[float, float]:
         p.grad = None
     trained = sum(p.numel() * p.element_size() for p in loop.policy.parameters() if p.requires_grad)
     epoch = sum(len(t) for t in loop.batches.trees)
-    return took / len(row.ids) * epoch * loop.steps / loop.batches.per_epoch, memory + 2 * trained
+    return took / row.tokens * epoch * loop.steps / loop.batches.per_epoch, memory + 2 * trained
 
 
 def _resident() -> float:
