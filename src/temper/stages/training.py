@@ -105,8 +105,14 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
             if proof.get("difference") is not None
             else ""
         ),
-        activation_checkpointing=bool(getattr(hf, "is_gradient_checkpointing", False)),
+        activation_checkpointing=_recomputes(hf),
     )
+
+
+def _recomputes(hf: Any) -> bool:
+    """Whether activation checkpointing is on; transformers 5.2x renamed the property and warns at the old name."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(hf, name if hasattr(type(hf), name) else "is_gradient_checkpointing", False))
 
 
 def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree], shown: str) -> None:
