@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,33 @@ def run_recipe(
     quiet: bool = False,
     command: Sequence[str] = (),
 ) -> Path:
-    """Load, run, report. The report is written even when a stage failed, of what there is."""
+    """Load, run, report."""
     recipe = recipes.load(name, profile=profile, overlays=overlays, sets=sets, overrides=overrides)
-    folder = folder_of(recipe, out)
-    try:
-        pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command)
-    finally:
-        if (folder / "manifest.json").is_file():
-            with pipeline.disk_errors(folder):
-                report.build([folder])
+    return execute(recipe, folder_of(recipe, out), choice=choice, quiet=quiet, command=command)
+
+
+def execute(
+    recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()
+) -> Path:
+    """Run and report; returns the folder. The report is written even when a stage failed, of what there is."""
+    with library_warnings_to(folder / "pipeline.log"):
+        try:
+            pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command)
+        finally:
+            if (folder / "manifest.json").is_file():
+                with pipeline.disk_errors(folder):
+                    report.build([folder])
     return folder
+
+
+@contextlib.contextmanager
+def library_warnings_to(log: Path) -> Iterator[None]:
+    """Python warnings of libraries go into the run's log: a terminal shows what Temper says, and nothing is lost."""
+
+    def note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as out:
+            out.write(f"{category.__name__} of a library: {' '.join(str(message).split())} ({filename}:{lineno})\n")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        yield
