@@ -63,10 +63,6 @@ class Stage(Config, abc.ABC):
     @abc.abstractmethod
     def run(self, job: Job) -> None: ...
 
-    def plan(self, job: Job) -> dict[str, Any]:
-        """What `temper plan` says about this stage before it runs; keys: tokens, seconds, memory_bytes, …"""
-        return {}
-
     def fingerprint(self, folder: Path) -> dict[str, Any]:
         """What outside the recipe decides the result (hashes of local files); part of the key."""
         return {}
@@ -122,7 +118,9 @@ class Recipe:
         return out.getvalue()
 
 
-class _Top(Config):
+class Top(Config):
+    """The keys at the top of a recipe."""
+
     name: str = Field(
         description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise."
     )
@@ -155,6 +153,11 @@ def find(name: str) -> Path:
     if name not in known:
         raise RecipeError(f"there is no recipe «{name}»", do=nearest(name, known))
     return known[name]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A recipe's file as it stands: nothing merged, nothing checked but its syntax."""
+    return _read(path, {}, ())
 
 
 def load(
@@ -272,9 +275,9 @@ def _assignment(text: str, raw: dict[str, Any], lines: dict[KeyPath, str]) -> di
     if not sign or not name:
         raise RecipeError(f"--set takes a.b=c, not «{text}»", where="--set")
     path = tuple(name.strip().split("."))
-    if path[0] not in _Top.model_fields:
+    if path[0] not in Top.model_fields:
         if path[0] not in raw.get("stages", {}):
-            known = [*raw.get("stages", {}), *_Top.model_fields]
+            known = [*raw.get("stages", {}), *Top.model_fields]
             raise RecipeError(
                 f"there is no stage or key «{path[0]}»", where=f"--set {text}", do=nearest(path[0], known)
             )
@@ -291,7 +294,7 @@ def _assignment(text: str, raw: dict[str, Any], lines: dict[KeyPath, str]) -> di
 
 
 def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
-    top = _validate(_Top, raw, (), lines)
+    top = _validate(Top, raw, (), lines)
     built: dict[str, Stage] = {}
     for name, config in top.stages.items():
         at = ("stages", name)
