@@ -18,8 +18,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from temper.errors import DataError
-
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -242,14 +240,3 @@ def _part(tree: Tree, branches: list[int]) -> Tree:
         tree.ids[kept], tree.pos[kept], end, new[tree.tgt[mine]], new[tree.src[mine]], tree.weight[mine],
         np.array([order[int(b)] for b in tree.branch[mine]], np.int32), new[tree.tips[branches]], tree.origin,
     )  # fmt: skip
-
-
-def check_fits(trees: Iterable[Tree], context: int | None) -> None:
-    """Raise a DataError that names the first example whose longest path exceeds the model's context."""
-    for tree in trees:
-        if context and tree.depth > context:
-            raise DataError(
-                f"an example has {tree.depth} tokens and the model's context is {context}",
-                where=tree.origin,
-                do="drop long rows (drop: {longer_than: …, tokenizer: base}) or set max_length",
-            )

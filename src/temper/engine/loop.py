@@ -112,7 +112,7 @@ class Loop:
         training: Training,
         precision: str,
         validation: Sequence[Row] = (),
-        sample: Callable[[int], None] | None = None,
+        sample: Callable[[], list[dict[str, str]]] | None = None,
     ) -> None:
         self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
         self.precision, self.validation, self.sample = precision, validation, sample
@@ -125,7 +125,7 @@ class Loop:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         self.root = job.dir / "checkpoints"
-        self.metrics = job.dir / "metrics.jsonl"
+        self.metrics, self.samples = job.dir / "metrics.jsonl", job.dir / "samples.jsonl"
         self.state: dict[str, Any] = {
             "step": 0,
             "tokens": 0,
@@ -257,7 +257,8 @@ class Loop:
             self.state["bad"] += 1
             self.state["stopped"] = self.training.patience is not None and self.state["bad"] >= self.training.patience
         if self.sample is not None:
-            self.sample(step)
+            for line in self.sample():
+                append(self.samples, {"step": step, **line})
 
     def _save(self) -> None:
         state = {**self.state, "scaler": self.scaler.state_dict()}
@@ -268,14 +269,16 @@ class Loop:
     def _resume(self) -> None:
         found = self._last_good()
         if found is None:
-            self.metrics.unlink(missing_ok=True)
+            for file in (self.metrics, self.samples):
+                file.unlink(missing_ok=True)
             return
         folder, state = found
         checkpoint.read_weights(folder, self.policy)
         checkpoint.read_optimizer(folder, self.optimizer)
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = state
-        self._forget_metrics_after(state["step"])
+        for file in (self.metrics, self.samples):
+            forget_after(file, state["step"])
         self.job.say(f"goes on from step {self.state['step']}")
 
     def _last_good(self) -> tuple[Path, dict[str, Any]] | None:
@@ -294,18 +297,24 @@ class Loop:
             shutil.rmtree(folder)
         return None
 
-    def _forget_metrics_after(self, step: int) -> None:
-        if self.metrics.exists():
-            kept = []
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line may have been cut by the kill
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-            write_atomic(self.metrics, "".join(f"{line}\n" for line in kept))
-
     def _log(self, line: dict[str, Any]) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+        append(self.metrics, line)
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last line that a kill cut short: those steps will be taken again."""
+    if file.exists():
+        kept = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        write_atomic(file, "".join(f"{line}\n" for line in kept))
 
 
 def _number(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,12 +13,16 @@ from temper.engine.loop import Batches, Loop
 from temper.errors import DataError
 from temper.losses import nll
 from temper.models import load
+from temper.models.scores import Policy
 from temper.pipeline import Job
 from temper.recipe import DataRef, detail, stages
+from temper.rollouts.fallback import Decoding, generate
 from temper.stages.pretrain import remove
 from temper.stages.training import TrainingStage, finish, open_policy, summarise
-from temper.trees import Tree, chain, check_fits, rows_of
+from temper.trees import Tree, chain, rows_of
 from temper.types import Record
+
+NO_LIMIT = 10**9  # tokens
 
 
 @stages.register("sft")
@@ -32,39 +37,69 @@ class Sft(TrainingStage):
         "drop", "What happens to longer ones: drop (counted), cut (counted), or error.", pattern="^(drop|cut|error)$"
     )
 
+    samples: int = detail(
+        2, "Answers to so many validation prompts, written at each validation.", ge=0, affects_result=False
+    )
+
     def run(self, job: Job) -> None:
-        records = _rows(job, self.data, "train")
+        records, held = _rows(job, self.data, "train"), _rows(job, self.data, "validation", optional=True)
         source = job.model(self.model)
         tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
-        encoded = encoder.encode(records)
-        longest = max(len(e.ids) for e in encoded)
-        policy, tokenizer, source, precision = open_policy(job, self, longest)
-        limit = min(self.max_length or 10**9, load.context(policy.inner) or 10**9)
-        trees, note = fitted(encoded, limit, self.too_long)
-        held = [
-            tree_of(e)
-            for e in encoder.encode(_rows(job, self.data, "validation", optional=True))
-            if len(e.ids) <= (load.context(policy.inner) or 10**9)
-        ]
-        check_fits(trees, load.context(policy.inner))
+        encoded, held_encoded = encoder.encode(records), encoder.encode(held)
+        policy, tokenizer, source, precision = open_policy(job, self, max(len(e.ids) for e in encoded))
+        context = load.context(policy.inner) or NO_LIMIT
+        trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
+        held_trees = [tree_of(e) for e in held_encoded if len(e.ids) <= context]  # validation is never cut
         np.save(job.dir / "trained_on.npy", fingerprints(records))
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
-        loop = Loop(job, policy, nll, batches, self, precision, rows_of(held, self.row_tokens, self.micro_tokens))
+        validation = rows_of(held_trees, self.row_tokens, self.micro_tokens)
+        loop = Loop(job, policy, nll, batches, self, precision, validation, self._sampler(policy, encoder, held))
         job.counts["examples"] = len(trees)
-        moved = sum(e.moved_seam for e in encoded)
         lines = [
-            f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held):,} for validation",
+            f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",
             f"written as: {encoder.description}",
         ]
-        if moved:
+        if lost := len(held) - len(held_trees):
+            job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
+        if moved := sum(e.moved_seam for e in encoded):
             job.warn(
-                f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; there the trained part begins a token earlier"
+                f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; "
+                "there the trained part begins a token earlier"
             )
         summarise(job, loop, lines, trees, show(tokenizer, encoded[0]))
         loop.run()
-        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=batches.rows(0)[0])
+        probe = batches.rows(0)[0]
+        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=probe)
         remove(job, "checkpoints")
+
+    def _sampler(
+        self, policy: Policy, encoder: Encoder, held: list[Record]
+    ) -> Callable[[], list[dict[str, str]]] | None:
+        """Greedy answers to the first validation prompts, for samples.jsonl."""
+        shown = [r for r in held if "text" not in r.row][: self.samples]
+        if not shown:
+            return None
+
+        def sample() -> list[dict[str, str]]:
+            tok = encoder.tokenizer
+            answers = generate(
+                policy.hf,
+                encoder.prompts(shown),
+                Decoding(max_new_tokens=64),
+                end_ids=sorted(encoder.end_ids),
+                pad_id=tok.pad_token_id,
+            )
+            return [
+                {
+                    "prompt": encoder.prompt_text(r.row),
+                    "completion": tok.decode(a.ids, skip_special_tokens=True).strip(),
+                    "reference": encoder.reference_text(r.row),
+                }
+                for r, a in zip(shown, answers, strict=True)
+            ]
+
+        return sample
 
 
 def _rows(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
@@ -113,7 +148,7 @@ def fitted(encoded: list[Encoded], limit: int, too_long: str) -> tuple[list[Tree
         f"{len(long):,} longer than {limit} tokens {what}"
         if long
         else f"none longer than {limit} tokens"
-        if limit < 10**9
+        if limit < NO_LIMIT
         else "no limit on length"
     )
     return [tree_of(e) for e in kept], note + (
