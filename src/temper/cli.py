@@ -1,0 +1,434 @@
+"""The command line. Heavy modules are imported inside the commands: `temper --help` must not wait for torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from temper import __version__
+from temper.errors import RecipeError, RunError, TemperError, nearest
+
+if TYPE_CHECKING:
+    from temper.pipeline import Choice
+    from temper.recipe import Recipe
+
+SEVERAL = {"--stages", "--skip", "--force", "--set", "--config"}  # options that take one value or several
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `temper recipes`.")]
+Profile = Annotated[str | None, typer.Option(help="Merge this profile of the recipe over it.")]
+Stages = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Only these, and what they need.")]
+Skip = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Leave these out, and what reads them.")]
+Force = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Run these again; old results are set aside.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C …", help="Change a key, such as sft.lr=1e-4.")]
+Overlays = Annotated[
+    list[Path] | None, typer.Option("--config", metavar="FILE …", help="Merge files of the recipe's own shape over it.")
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/NAME-PROFILE.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by `main`
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 1 for an error, 2 for a wrong flag, 130 and 143 when it was stopped."""
+    words = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in words
+    if not debug:  # what matters in what libraries log is checked and said by Temper
+        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+    try:
+        app(args=spread(words), prog_name="temper")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except TemperError as error:
+        if debug:
+            traceback.print_exc()
+        _tell(error.what, error.where, error.do)
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+            return 1
+        line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        _tell(
+            f"this is a defect of Temper, not of your recipe: {line}",
+            do="run the same command with --debug to see where; finished stages stay",
+        )
+        return 1
+    return 0
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """`--stages a b` → `--stages a --stages b`, for options that take several values, where the recipe stands first.
+
+    >>> spread(["run", "my.yaml", "--stages", "a", "b", "--quiet"])
+    ['run', 'my.yaml', '--stages', 'a', '--stages', 'b', '--quiet']
+    >>> spread(["run", "--stages", "a", "my.yaml"])
+    ['run', '--stages', 'a', 'my.yaml']
+    """
+    command = next((k for k, w in enumerate(words) if not w.startswith("-")), len(words))
+    if words[command + 1 : command + 2] == [] or words[command + 1].startswith("-"):
+        return list(words)
+    out: list[str] = list(words[: command + 2])
+    option, first = "", False
+    for word in words[command + 2 :]:
+        if word.startswith("-"):
+            option, first = (word, True) if word in SEVERAL else ("", False)
+            out.append(word)
+        elif option and not first:
+            out += [option, word]
+        else:
+            out.append(word)
+            first = False
+    return out
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"temper {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Temper post-trains language models: one recipe, one command, one report."""
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    profile: Profile = None,
+    stages: Stages = None,
+    skip: Skip = None,
+    force: Force = None,
+    sets: Sets = None,
+    config: Overlays = None,
+    out: Out = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the path of the report only.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe and write its report. Stages that have a result are not run again."""
+    from temper import recipe as recipes
+
+    recipes.find(recipe)  # a misspelt name is told before seconds of imports
+    with _stoppable() as work:
+        from temper import app as runner
+        from temper.pipeline import command_line
+
+        loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
+        work.append(runner.folder_of(loaded, out))
+        runner.execute(loaded, work[0], choice=_choice(stages, skip, force), quiet=quiet, command=command_line())
+    typer.echo(f"{work[0] / 'report' / 'index.html'}" if quiet else f"report: {work[0] / 'report' / 'index.html'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    profile: Profile = None,
+    stages: Stages = None,
+    skip: Skip = None,
+    force: Force = None,
+    sets: Sets = None,
+    config: Overlays = None,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a run would do and cost. Changes nothing on disk; the figures are predictions."""
+    from temper import recipe as recipes
+
+    recipes.find(recipe)
+    from temper import app as runner
+    from temper import plan as planning
+
+    loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
+    folder = runner.folder_of(loaded, out)
+    made = planning.make(loaded, folder, _choice(stages, skip, force))
+    _show_plan(loaded, folder, made)
+    if any(step.problem for step in made):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN …", help="Run folders; several are compared.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write it.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a report again, or one of several runs."""
+    from temper import report as reports
+
+    typer.echo(f"report: {reports.build(runs, out)}")
+
+
+@app.command()
+def recipes(debug: Debug = False) -> None:
+    """List the recipes that come with Temper."""
+    from temper import recipe as recipes
+
+    rows = []
+    for name, path in recipes.shipped().items():
+        raw = recipes.read(path)
+        rows.append((name, raw.get("description", ""), ", ".join(raw["stages"]), ", ".join(raw.get("profiles", {}))))
+    _table(["recipe", "what it does", "stages", "profiles"], rows)
+
+
+@app.command()
+def new(
+    recipe: RecipeName,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="By default NAME.yaml here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Copy a recipe to a file of your own. An existing file is never overwritten."""
+    from temper import recipe as recipes
+
+    source = recipes.find(recipe)
+    target = file or Path(f"{source.stem}.yaml")
+    text = source.read_text(encoding="utf-8")
+    if re.fullmatch(r"[\w-]+", target.stem):  # a name of its own keeps its runs apart from the shipped recipe's
+        text = re.sub(r"(?m)^name:.*$", f"name: {target.stem}", text, count=1)
+    try:
+        with open(target, "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise RunError(f"{target} is there already", do="name another file, or remove it first") from None
+    except OSError as error:
+        raise RunError(f"{target} cannot be written: {error.strerror}", do="name another file") from None
+    profiles = recipes.read(source).get("profiles", {})
+    tried = " --profile mini" if "mini" in profiles else ""
+    typer.echo(f"wrote {target}\nedit it, then: temper run {target}{tried}")
+
+
+@app.command()
+def explain(
+    field: Annotated[str, typer.Argument(metavar="FIELD", help="Such as lr, sft.lr, shape.hidden, data.drop, seed.")],
+    debug: Debug = False,
+) -> None:
+    """Say what a field of a recipe means."""
+    import temper.stages  # noqa: F401  fills the registry
+    from temper.fields import explain as explained
+
+    _say(explained(field))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="stages, losses, metrics, …; all without.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List losses, metrics, stages and the like. All that a recipe can name."""
+    from temper.fields import catalogue
+
+    known = catalogue()
+    if kind is not None and kind not in known:
+        raise RecipeError(f"there is no list of «{kind}»", do=nearest(kind, known))
+    for name in [kind] if kind else known:
+        if kind is None:
+            _say(f"{name}:")
+        _table(["name", "what it is"], list(known[name].items()))
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    import json
+
+    import temper.stages  # noqa: F401  fills the registry
+    from temper.fields import schema as made
+
+    typer.echo(json.dumps(made(), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="The folder that runs would be written to.")] = Path(),
+    debug: Debug = False,
+) -> None:
+    """Say what this machine and a folder can do. Exits with 1 if something needed is missing."""
+    from temper import doctor as doctors
+
+    found = doctors.examine(folder)
+    _table(["", "what", "found"], [(check.mark, check.name, check.text) for check in found], fixed=2)
+    if any(check.mark == doctors.MISSING for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete results that were set aside. A run folder keeps them as STAGE@KEY."""
+    import shutil
+
+    from temper.run import RunFolder
+
+    if not (folder / "manifest.json").is_file():
+        raise RunError(f"{folder} is no run folder", do="name the folder that `temper run` wrote, such as runs/NAME")
+    run_folder = RunFolder(folder)
+    with run_folder.locked():
+        aside = run_folder.aside()
+        if not aside:
+            typer.echo("nothing is set aside here")
+            return
+        sizes = [sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in aside]
+        _table(["set aside", "size"], [(p.name, _bytes(n)) for p, n in zip(aside, sizes, strict=True)])
+        if not yes:
+            if not sys.stdin.isatty():
+                raise RunError("nobody is there to ask", do="add --yes to delete them")
+            if not typer.confirm(f"delete these {len(aside)} folders ({_bytes(sum(sizes))})?"):
+                return
+        for path in aside:
+            shutil.rmtree(path)
+        typer.echo(f"deleted {len(aside)} folders, {_bytes(sum(sizes))}")
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: the manifest and the report are still written."""
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[Path]]:
+    """Ctrl-C and SIGTERM end in a sentence and the exit codes 130 and 143. Yields a list to put the run folder in."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise _Terminated("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    work: list[Path] = []
+    try:
+        yield work
+    except KeyboardInterrupt:
+        _tell(_stopped_at(work), head="stopped")
+        raise typer.Exit(130) from None
+    except _Terminated:
+        _tell(_stopped_at(work), head="stopped by SIGTERM")
+        raise typer.Exit(143) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped_at(work: list[Path]) -> str:
+    """From where the same command would go on."""
+    from temper.run import read_json
+
+    try:
+        entries = read_json(work[0] / "manifest.json")["stages"]
+        stage = next(e["name"] for e in entries if e["status"] in {"failed", "pending"})
+    except (OSError, ValueError, KeyError, IndexError, StopIteration):
+        return "the same command starts again; finished stages stay"
+    steps = [int(p.name[5:]) for p in (work[0] / f"{stage}.partial" / "checkpoints").glob("step-*")]
+    place = f"step {max(steps)} of stage {stage}" if steps else f"stage {stage}"
+    return f"the same command goes on from {place}"
+
+
+def _choice(stages: list[str] | None, skip: list[str] | None, force: list[str] | None) -> Choice:
+    from temper.pipeline import Choice
+
+    return Choice(only=_names(stages), skip=_names(skip), force=_names(force))
+
+
+def _names(values: list[str] | None) -> list[str]:
+    """Each value may itself be a list: «a b» or «a,b»."""
+    return [name for value in values or [] for name in re.split(r"[,\s]+", value) if name]
+
+
+def _tell(what: str, where: str = "", do: str = "", *, head: str = "error") -> None:
+    """A few lines on stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for name, text, style in ((head, what, "bold red"), ("where", where, "bold"), ("do", do, "bold")):
+        if text:
+            console.print(f"{name}:", style=style, end=" ")
+            console.print(text, markup=False)
+
+
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def _table(heads: list[str], rows: Sequence[Sequence[str]], *, fixed: int = 1, numbers: int = 0) -> None:
+    """A table that wraps on a terminal, and has one plain line a row elsewhere.
+
+    Args:
+        fixed: so many first columns are never broken: names must stay copyable.
+        numbers: so many last columns are right-aligned.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for k, head in enumerate(heads):
+        right = k >= len(heads) - numbers
+        table.add_column(head, justify="right" if right else "left", no_wrap=k < fixed or right)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    if console.is_terminal:
+        console.print(table)
+        return
+    widths = [max(len(row[k]) for row in [heads, *rows]) for k in range(len(heads))]
+    for row in [heads, *rows]:
+        cells = [c.rjust(w) if k >= len(heads) - numbers else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _show_plan(recipe: Recipe, folder: Path, made: Sequence[Any]) -> None:
+    rows = []
+    for step in made:
+        cost = step.cost
+        rows.append(
+            (
+                step.name, step.state, _count(cost.tokens), _seconds(cost.seconds), _bytes(cost.memory_bytes),
+                _bytes(cost.download_bytes), _bytes(cost.disk_bytes),
+            )
+        )  # fmt: skip
+    _say(f"{recipe.name}{f', profile {recipe.profile}' if recipe.profile else ''} → {folder}")
+    _table(["stage", "state", "tokens", "time", "memory", "download", "disk"], rows, numbers=5)
+    for step in made:
+        if step.reason:
+            _say(f"{step.name}: {step.reason}")
+        if step.cost.basis:
+            _say(f"  from {step.cost.basis}")
+
+
+def _count(n: float | None) -> str:
+    if n is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f}"
+
+
+def _bytes(n: float | None) -> str:
+    return "–" if n is None else "0" if n == 0 else f"{_count(n)}B" if n >= 1000 else f"{n:.0f} B"
+
+
+def _seconds(n: float | None) -> str:
+    if n is None:
+        return "–"
+    return f"{n:.0f} s" if n < 120 else f"{n / 60:.0f} min" if n < 7200 else f"{n / 3600:.1f} h"
