@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from temper import hub
 from temper import recipe as recipes
 from temper.errors import RecipeError, RunError, TemperError, nearest
-from temper.recipe import Recipe
+from temper.recipe import Recipe, Stage
 from temper.run import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
 
 REPORTED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors")
@@ -164,6 +164,15 @@ def seed_of(recipe: Recipe, name: str) -> int:
     return recipe.seed + 1000 * int(recipes.replica(name)[1])
 
 
+def settings(stage: Stage) -> dict[str, Any]:
+    """The fields that decide a stage's result."""
+    return {
+        field: value
+        for field, value in stage.model_dump(mode="json").items()
+        if (type(stage).model_fields[field].json_schema_extra or {}).get("affects_result", True)  # type: ignore[union-attr]
+    }
+
+
 def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
     """The key of a stage, given the keys of the stages it reads.
 
@@ -171,11 +180,6 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
         ModelError: a model it names is not there (a hub model is asked for its commit).
     """
     stage = recipe.stages[name]
-    config = {
-        field: value
-        for field, value in stage.model_dump(mode="json").items()
-        if (type(stage).model_fields[field].json_schema_extra or {}).get("affects_result", True)  # type: ignore[union-attr]
-    }
     outside = {}
     for _, gives, value in stage.refs():
         target = recipe.model if value == "base" else value
@@ -184,7 +188,7 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
     payload = {
         "kind": stage.kind,
         "version": stage.version,
-        "config": config,
+        "config": settings(stage),
         "inputs": {n: keys[n] for n in recipes.dependencies(recipe, name)},
         "models": outside,
         "outside": stage.fingerprint(recipe.folder),

@@ -167,6 +167,14 @@ class RunFolder:
             return Result(name, self.path / name, info), problem
         return None, problem
 
+    def recorded(self, name: str, key: str) -> Result | None:
+        """The finished stage under this key where it lies now: nothing is verified, nothing is moved."""
+        for folder in (self.path / name, self.path / f"{name}@{key[:SHORT]}", self.partial(name)):
+            info = self._info(folder)
+            if info is not None and info.get("key") == key:
+                return Result(name, folder, info)
+        return None
+
     def peek(self, name: str) -> Result | None:
         """The finished stage of that name under whatever key, not verified."""
         info = self._info(self.path / name)
