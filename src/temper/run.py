@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,13 @@ def checksums(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dic
                 os.fsync(file.fileno())
             out[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return out
+
+
+def _sweep(leftovers: Iterable[Path]) -> None:
+    """Delete what `write_atomic` left where a kill fell between its write and its rename."""
+    for path in list(leftovers):
+        if path.is_file():
+            path.unlink()
 
 
 def damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
@@ -138,6 +145,7 @@ class RunFolder:
                 ) from None
             except OSError:
                 pass  # a file system without locks (some network drives); `temper doctor` tells
+            _sweep([*self.path.glob(".*.tmp"), *self.path.glob("report/.*.tmp")])
             yield
 
     def partial(self, name: str) -> Path:
@@ -205,8 +213,7 @@ class RunFolder:
     def commit(self, name: str, info: dict[str, Any]) -> Result:
         """List the files of `STAGE.partial` with checksums and give it its name."""
         partial = self.partial(name)
-        for leftover in partial.glob(".*.tmp"):
-            leftover.unlink()
+        _sweep(partial.rglob(".*.tmp"))
         files = checksums(partial, leave_out=("partial.json", "stage.json"))
         info = {**info, "files": files, "bytes_on_disk": sum(f["bytes"] for f in files.values())}
         write_json(partial / "stage.json", info)
