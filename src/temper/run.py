@@ -145,7 +145,7 @@ class RunFolder:
                 ) from None
             except OSError:
                 pass  # a file system without locks (some network drives); `temper doctor` tells
-            _sweep([*self.path.glob(".*.tmp"), *self.path.glob("report/.*.tmp")])
+            _sweep(self.path.glob(".*.tmp"))
             yield
 
     def partial(self, name: str) -> Path:
