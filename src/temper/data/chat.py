@@ -23,11 +23,11 @@ class Format(Config):
     """How a prompt and an answer are written out for a model; the same in training and at inference."""
 
     chat: Literal["auto", "template", "plain"] = Field(
-        "auto",
+        default="auto",
         description="template: the tokenizer's chat template; plain: prompt, separator, answer; auto: template where there is one.",
     )
-    separator: str = Field("\n", description="What stands between prompt and answer in the plain form.")
-    system: str | None = Field(None, description="A system message put before every conversation.")
+    separator: str = Field(default="\n", description="What stands between prompt and answer in the plain form.")
+    system: str | None = Field(default=None, description="A system message put before every conversation.")
 
 
 @dataclasses.dataclass(frozen=True)

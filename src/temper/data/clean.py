@@ -21,21 +21,31 @@ class Drop(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    empty: bool = Field(True, description="drop rows in which a prompt, an answer or a text is blank")
-    longer_than: int | None = Field(None, ge=1, description="drop rows longer than this, prompt and answer together")
-    shorter_than: int | None = Field(None, ge=1, description="drop rows shorter than this, prompt and answer together")
+    empty: bool = Field(default=True, description="drop rows in which a prompt, an answer or a text is blank")
+    longer_than: int | None = Field(
+        default=None, ge=1, description="drop rows longer than this, prompt and answer together"
+    )
+    shorter_than: int | None = Field(
+        default=None, ge=1, description="drop rows shorter than this, prompt and answer together"
+    )
     duplicates: Literal["exact", "near", "off"] = Field(
-        "exact",
+        default="exact",
         description="drop rows that repeat an earlier one: exact (but for case and spaces), near (also those that "
         "share most word 5-grams with it) or off",
     )
-    contains: list[str] = Field([], description="drop rows in which a text holds one of these, as written")
-    matches: list[str] = Field([], description="drop rows in which a text matches one of these regular expressions")
+    contains: list[str] = Field(default=[], description="drop rows in which a text holds one of these, as written")
+    matches: list[str] = Field(
+        default=[], description="drop rows in which a text matches one of these regular expressions"
+    )
     ratio: tuple[float, float] | None = Field(
-        None, description="keep only rows whose characters of completion / characters of prompt lie in [low, high]"
+        default=None,
+        description="keep only rows whose characters of completion / characters of prompt lie in [low, high]",
     )
     near_threshold: float = Field(
-        0.8, gt=0, le=1, description="the Jaccard similarity of word 5-grams from which rows are near duplicates"
+        default=0.8,
+        gt=0,
+        le=1,
+        description="the Jaccard similarity of word 5-grams from which rows are near duplicates",
     )
 
     @field_validator("contains")

@@ -31,7 +31,7 @@ def sgd(groups: Any, *, momentum: float = 0.0) -> torch.optim.Optimizer:
 def adamw_8bit(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2022); needs the extra `bnb`."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # type: ignore[import-not-found]
     except ImportError:
         raise ModelError(
             "adamw_8bit needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw"

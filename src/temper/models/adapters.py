@@ -22,16 +22,16 @@ class Adapter(Config):
     """What is trained instead of the whole model."""
 
     method: Literal["lora"] = Field(
-        "lora", description="LoRA (Hu et al. 2021): W + (alpha / r)·B·A with A and B trained."
+        default="lora", description="LoRA (Hu et al. 2021): W + (alpha / r)·B·A with A and B trained."
     )
-    r: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(None, description="Scale of the update; null: twice the rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    r: int = Field(default=16, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(default=None, description="Scale of the update; null: twice the rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: str | list[str] = Field(
-        "all-linear", description="Layers to adapt: all-linear, a regular expression, or names."
+        default="all-linear", description="Layers to adapt: all-linear, a regular expression, or names."
     )
-    rslora: bool = Field(False, description="Scale by alpha / √r (Kalajdzievski 2023).")
-    dora: bool = Field(False, description="Weight-decomposed LoRA (Liu et al. 2024).")
+    rslora: bool = Field(default=False, description="Scale by alpha / √r (Kalajdzievski 2023).")
+    dora: bool = Field(default=False, description="Weight-decomposed LoRA (Liu et al. 2024).")
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:

@@ -67,6 +67,7 @@ def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> Mask:
         )
     finally:
         _pending.pop()
+    assert made is not None  # only implementations without masks answer None, and this one has masks
     if model.config._attn_implementation == "sdpa":
         return made
     additive = functools.partial(_additive, dtype=dtype)

@@ -66,7 +66,7 @@ def model(
     wanted = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         with _quiet():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
                 source.name,
                 config=config,
                 revision=source.revision,

@@ -17,11 +17,15 @@ from temper.recipe import Config
 class Decoding(Config):
     """How answers are decoded. Temperature 0 is greedy."""
 
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0: greedy; otherwise the softmax's temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
-    top_k: int | None = Field(None, ge=1, description="Sample from this many most likely tokens.")
-    repetition_penalty: float = Field(1.0, gt=0, description="Above 1: tokens already there become less likely.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy; otherwise the softmax's temperature.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability."
+    )
+    top_k: int | None = Field(default=None, ge=1, description="Sample from this many most likely tokens.")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="Above 1: tokens already there become less likely."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

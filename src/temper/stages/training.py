@@ -148,10 +148,10 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
 def _probe(loop: Loop) -> tuple[float, float]:
     """Seconds and bytes that the run will take, from one forward and backward pass that changes nothing."""
     row = max(loop.batches.rows(0), key=lambda r: r.tokens)
-    for _ in range(2):  # the first pass also pays for what is done once
-        began = time.perf_counter()
-        loop.gradients([row])
-        took = time.perf_counter() - began
+    loop.gradients([row])  # the first pass also pays for what is done once
+    began = time.perf_counter()
+    loop.gradients([row])
+    took = time.perf_counter() - began
     memory: float = devices.peak_memory(loop.device) or _resident()
     for p in loop.policy.parameters():
         p.grad = None
