@@ -91,7 +91,9 @@ class Encoder:
         return found
 
     def prompt_text(self, row: Row) -> str:
-        """What the model is given at inference: everything before the (last) answer."""
+        """What the model is given at inference: everything before the (last) answer; nothing for plain text."""
+        if "text" in row:
+            return ""
         if self.templated:
             messages = self.messages({k: v for k, v in row.items() if k != "completion"})
             if messages and messages[-1]["role"] == "assistant":
@@ -105,11 +107,23 @@ class Encoder:
         return self._plain_prompt(row)
 
     def reference_text(self, row: Row) -> str:
+        if "text" in row:
+            return row["text"]
         answer = row.get("completion", row["messages"][-1]["content"] if "messages" in row else "")
         return (answer if isinstance(answer, str) else answer[-1]["content"]).strip()
 
     def prompts(self, records: Sequence[Record]) -> list[list[int]]:
-        """Token ids of the prompts, exactly those that training saw."""
+        """Token ids of the prompts, exactly those that training saw.
+
+        Raises:
+            DataError: a row of plain text, which has no prompt.
+        """
+        if plain := next((r for r in records if "text" in r.row), None):
+            raise DataError(
+                "plain text has no prompt to answer",
+                where=plain.where,
+                do="ask only for metrics of likelihood (loss, perplexity), or map the rows to prompt and completion",
+            )
         texts = [self.prompt_text(r.row) for r in records]
         return self._tokenize(texts)
 
