@@ -21,6 +21,7 @@ from typing import Any
 from temper.errors import RunError
 
 SHORT = 8  # hex digits of a key in a folder's name
+SCRATCH = ("checkpoints", "tokenizer", "answers")  # what only an unfinished stage needs: gone once it has its name
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -65,11 +66,14 @@ def file_sha256(path: Path) -> str:
 
 
 def checksums(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Relative path → size and SHA-256 of every file below `folder`, each file synced to disk on the way."""
+    """Relative path → size and SHA-256 of every file below `folder`, each file synced to disk on the way.
+
+    `leave_out` names files and folders at the top.
+    """
     out = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in leave_out:
+        if path.is_file() and name.split("/")[0] not in leave_out:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             out[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -172,6 +176,7 @@ class RunFolder:
                 self.make_room(name)
                 os.rename(folder, self.path / name)
                 sync_folder(self.path)
+            self._tidy(name)
             return Result(name, self.path / name, info), problem
         return None, problem
 
@@ -214,14 +219,13 @@ class RunFolder:
         """List the files of `STAGE.partial` with checksums and give it its name."""
         partial = self.partial(name)
         _sweep(partial.rglob(".*.tmp"))
-        files = checksums(partial, leave_out=("partial.json", "stage.json"))
+        files = checksums(partial, leave_out=("partial.json", "stage.json", *SCRATCH))
         info = {**info, "files": files, "bytes_on_disk": sum(f["bytes"] for f in files.values())}
         write_json(partial / "stage.json", info)
         self.make_room(name)
         os.rename(partial, self.path / name)
         sync_folder(self.path)
-        with contextlib.suppress(OSError):
-            (self.path / name / "partial.json").unlink()
+        self._tidy(name)
         self._verified[name] = info["key"]
         return Result(name, self.path / name, info)
 
@@ -236,12 +240,19 @@ class RunFolder:
     def discard(self, name: str) -> None:
         """Forget the work of a stage that is to be run afresh; a finished result is set aside, not deleted."""
         if self.partial(name).is_dir():
+            (self.partial(name) / "partial.json").unlink(missing_ok=True)  # first: half of it must not be gone on with
             shutil.rmtree(self.partial(name))
         self.make_room(name)
 
     def aside(self) -> list[Path]:
         """Everything set aside, for `temper prune`."""
         return sorted(p for p in self.path.iterdir() if p.is_dir() and "@" in p.name)
+
+    def _tidy(self, name: str) -> None:
+        """Delete what the work on a stage left in it. Only now: until it has its name, a kill would lose the work."""
+        (self.path / name / "partial.json").unlink(missing_ok=True)
+        for part in SCRATCH:
+            shutil.rmtree(self.path / name / part, ignore_errors=True)
 
     def _set_aside(self, folder: Path, name: str) -> None:
         target = self.path / name

@@ -76,8 +76,6 @@ class Evaluate(Stage):
             "spread": _spread(scores, copies),
         }
         write_json(job.dir / "evaluation.json", entry)
-        for leftover in job.dir.glob("answers-*.json"):
-            leftover.unlink()
         job.counts["examples"] = len(records)
         self._say(job, entry)
 
@@ -104,9 +102,14 @@ class Evaluate(Stage):
 
     def _answers(self, job: Job, name: str, records: list[Record]) -> Outputs:
         """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
-        kept = job.dir / f"answers-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
+        kept = job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
         if kept.is_file():
-            return _outputs(read_json(kept))
+            found = read_json(kept)
+            for warning in found["warnings"]:
+                job.warn(warning)
+            job.facts.update(found["facts"])
+            job.counts.update(found["counts"])
+            return _outputs(found["outputs"])
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
         source = job.model(name)
@@ -151,7 +154,9 @@ class Evaluate(Stage):
         if metrics.needs_likelihood(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
             out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
-        write_json(kept, out)
+        kept.parent.mkdir(exist_ok=True)
+        noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
+        write_json(kept, {"outputs": out, **noted})
         return _outputs(out)
 
     def _likelihood(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -48,9 +50,12 @@ class Pretrain(Stage, Training):
     def run(self, job: Job) -> None:
         records = texts(job, self.data, "train")
         made = job.dir / "tokenizer"
-        if not (made / "tokenizer_config.json").is_file():
+        if not made.is_dir():
             job.say(f"training a tokenizer of {self.shape.vocabulary} pieces on {len(records):,} texts")
-            train_tokenizer([r.row["text"] for r in records], self.shape).save_pretrained(made)
+            beside = job.dir / ".tokenizer.tmp"  # a kill between its files must not leave half a tokenizer
+            shutil.rmtree(beside, ignore_errors=True)
+            train_tokenizer([r.row["text"] for r in records], self.shape).save_pretrained(beside)
+            os.rename(beside, made)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(made)
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
@@ -69,8 +74,6 @@ class Pretrain(Stage, Training):
         summarise(job, loop, lines, trees, tokenizer.decode(trees[0].ids[:60].tolist()))
         loop.run()
         load.save(policy.hf, tokenizer, job.dir / "model", ends={tokenizer.eos_token_id})
-        for leftover in ("tokenizer", "checkpoints"):
-            remove(job, leftover)
 
 
 def texts(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
@@ -139,10 +142,3 @@ def blocks(tokenizer: Any, record: Record, context: int) -> list[Any]:
         for k in range(0, len(ids), context)
         if len(part := ids[k : k + context]) > 1
     ]
-
-
-def remove(job: Job, name: str) -> None:
-    """Delete what only an unfinished stage needs."""
-    import shutil
-
-    shutil.rmtree(job.dir / name, ignore_errors=True)

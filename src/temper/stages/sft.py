@@ -17,7 +17,6 @@ from temper.models.scores import Policy
 from temper.pipeline import Job
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.fallback import Decoding, generate
-from temper.stages.pretrain import remove
 from temper.stages.training import TrainingStage, finish, open_policy, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
@@ -71,7 +70,6 @@ class Sft(TrainingStage):
         loop.run()
         probe = batches.rows(0)[0]
         finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=probe)
-        remove(job, "checkpoints")
 
     def _sampler(
         self, policy: Policy, encoder: Encoder, held: list[Record]
