@@ -11,16 +11,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from temper import __version__
+from temper import __version__, terminal
 from temper.errors import RecipeError, RunError, TemperError, nearest
 
 if TYPE_CHECKING:
     from temper.pipeline import Choice
+    from temper.plan import Step
+    from temper.predict import Cost
     from temper.recipe import Recipe
 
 SEVERAL = {"--stages", "--skip", "--force", "--set", "--config"}  # options that take one value or several
@@ -60,14 +61,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except TemperError as error:
         if debug:
             traceback.print_exc()
-        _tell(error.what, error.where, error.do)
+        terminal.tell(error.what, error.where, error.do)
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
             return 1
         line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        _tell(
+        terminal.tell(
             f"this is a defect of Temper, not of your recipe: {line}",
             do="run the same command with --debug to see where; finished stages stay",
         )
@@ -165,7 +166,7 @@ def plan(
     loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
     folder = runner.folder_of(loaded, out)
     made = planning.make(loaded, folder, _choice(stages, skip, force))
-    _show_plan(loaded, folder, made)
+    _show_plan(loaded, folder, made, planning.total(made))
     if any(step.problem for step in made):
         raise typer.Exit(1)
 
@@ -191,7 +192,7 @@ def recipes(debug: Debug = False) -> None:
     for name, path in recipes.shipped().items():
         raw = recipes.read(path)
         rows.append((name, raw.get("description", ""), ", ".join(raw["stages"]), ", ".join(raw.get("profiles", {}))))
-    _table(["recipe", "what it does", "stages", "profiles"], rows)
+    terminal.table(["recipe", "what it does", "stages", "profiles"], rows)
 
 
 @app.command()
@@ -229,12 +230,14 @@ def explain(
     import temper.stages  # noqa: F401  fills the registry
     from temper.fields import explain as explained
 
-    _say(explained(field))
+    terminal.say(explained(field))
 
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="stages, losses, metrics, …; all without.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="stages, losses, metrics, …; all without.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """List losses, metrics, stages and the like. All that a recipe can name."""
@@ -243,10 +246,10 @@ def list_(
     known = catalogue()
     if kind is not None and kind not in known:
         raise RecipeError(f"there is no list of «{kind}»", do=nearest(kind, known))
-    for name in [kind] if kind else known:
+    for k, name in enumerate([kind] if kind else known):
         if kind is None:
-            _say(f"{name}:")
-        _table(["name", "what it is"], list(known[name].items()))
+            terminal.say(f"{chr(10) * (k > 0)}{name}:")
+        terminal.table(["name", "what it is"], list(known[name].items()))
 
 
 @app.command()
@@ -269,7 +272,7 @@ def doctor(
     from temper import doctor as doctors
 
     found = doctors.examine(folder)
-    _table(["", "what", "found"], [(check.mark, check.name, check.text) for check in found], fixed=2)
+    terminal.table(["", "what", "found"], [(check.mark, check.name, check.text) for check in found], fixed=2)
     if any(check.mark == doctors.MISSING for check in found):
         raise typer.Exit(1)
 
@@ -294,15 +297,15 @@ def prune(
             typer.echo("nothing is set aside here")
             return
         sizes = [sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in aside]
-        _table(["set aside", "size"], [(p.name, _bytes(n)) for p, n in zip(aside, sizes, strict=True)])
+        terminal.table(["set aside", "size"], [(p.name, terminal.size(n)) for p, n in zip(aside, sizes, strict=True)])
         if not yes:
             if not sys.stdin.isatty():
                 raise RunError("nobody is there to ask", do="add --yes to delete them")
-            if not typer.confirm(f"delete these {len(aside)} folders ({_bytes(sum(sizes))})?"):
+            if not typer.confirm(f"delete these {len(aside)} folders ({terminal.size(sum(sizes))})?"):
                 return
         for path in aside:
             shutil.rmtree(path)
-        typer.echo(f"deleted {len(aside)} folders, {_bytes(sum(sizes))}")
+        typer.echo(f"deleted {len(aside)} folders, {terminal.size(sum(sizes))}")
 
 
 class _Terminated(BaseException):
@@ -322,10 +325,10 @@ def _stoppable() -> Iterator[list[Path]]:
     try:
         yield work
     except KeyboardInterrupt:
-        _tell(_stopped_at(work), head="stopped")
+        terminal.tell(_stopped_at(work), head="stopped")
         raise typer.Exit(130) from None
     except _Terminated:
-        _tell(_stopped_at(work), head="stopped by SIGTERM")
+        terminal.tell(_stopped_at(work), head="stopped by SIGTERM")
         raise typer.Exit(143) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -356,79 +359,22 @@ def _names(values: list[str] | None) -> list[str]:
     return [name for value in values or [] for name in re.split(r"[,\s]+", value) if name]
 
 
-def _tell(what: str, where: str = "", do: str = "", *, head: str = "error") -> None:
-    """A few lines on stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for name, text, style in ((head, what, "bold red"), ("where", where, "bold"), ("do", do, "bold")):
-        if text:
-            console.print(f"{name}:", style=style, end=" ")
-            console.print(text, markup=False)
-
-
-def _say(text: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
-
-
-def _table(heads: list[str], rows: Sequence[Sequence[str]], *, fixed: int = 1, numbers: int = 0) -> None:
-    """A table that wraps on a terminal, and has one plain line a row elsewhere.
-
-    Args:
-        fixed: so many first columns are never broken: names must stay copyable.
-        numbers: so many last columns are right-aligned.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for k, head in enumerate(heads):
-        right = k >= len(heads) - numbers
-        table.add_column(head, justify="right" if right else "left", no_wrap=k < fixed or right)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    if console.is_terminal:
-        console.print(table)
-        return
-    widths = [max(len(row[k]) for row in [heads, *rows]) for k in range(len(heads))]
-    for row in [heads, *rows]:
-        cells = [c.rjust(w) if k >= len(heads) - numbers else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
-        typer.echo("  ".join(cells).rstrip())
-
-
-def _show_plan(recipe: Recipe, folder: Path, made: Sequence[Any]) -> None:
-    rows = []
-    for step in made:
-        cost = step.cost
-        rows.append(
-            (
-                step.name, step.state, _count(cost.tokens), _seconds(cost.seconds), _bytes(cost.memory_bytes),
-                _bytes(cost.download_bytes), _bytes(cost.disk_bytes),
-            )
-        )  # fmt: skip
-    _say(f"{recipe.name}{f', profile {recipe.profile}' if recipe.profile else ''} → {folder}")
-    _table(["stage", "state", "tokens", "time", "memory", "download", "disk"], rows, numbers=5)
-    for step in made:
+def _show_plan(recipe: Recipe, folder: Path, steps: Sequence[Step], total: Cost) -> None:
+    rows = [(s.name, s.state, *_figures(s.cost)) for s in steps]
+    if len(rows) > 1:
+        rows.append(("all", "", *_figures(total)))
+    terminal.say(f"{recipe.name}{f', profile {recipe.profile}' if recipe.profile else ''} → {folder}")
+    terminal.table(["stage", "state", "tokens", "time", "memory", "download", "disk"], rows, numbers=5)
+    terminal.say("")
+    for step in steps:
         if step.reason:
-            _say(f"{step.name}: {step.reason}")
+            terminal.say(f"{step.name} {step.state}: {step.reason}")
         if step.cost.basis:
-            _say(f"  from {step.cost.basis}")
+            terminal.say(f"  figures from {step.cost.basis}")
+    if any(step.cost.basis for step in steps):
+        terminal.say("\nThese figures are predictions: nothing was run. –: cannot be told beforehand.")
 
 
-def _count(n: float | None) -> str:
-    if n is None:
-        return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f}"
-
-
-def _bytes(n: float | None) -> str:
-    return "–" if n is None else "0" if n == 0 else f"{_count(n)}B" if n >= 1000 else f"{n:.0f} B"
-
-
-def _seconds(n: float | None) -> str:
-    if n is None:
-        return "–"
-    return f"{n:.0f} s" if n < 120 else f"{n / 60:.0f} min" if n < 7200 else f"{n / 3600:.1f} h"
+def _figures(cost: Cost) -> tuple[str, ...]:
+    sizes = (cost.memory_bytes, cost.download_bytes, cost.disk_bytes)
+    return (terminal.count(cost.tokens), terminal.duration(cost.seconds), *map(terminal.size, sizes))

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
 from temper.errors import RecipeError, nearest
-from temper.recipe import Stage, Top, stages
+from temper.recipe import Top, stages
 
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 
@@ -35,7 +35,11 @@ class Entry:
 
     @property
     def default(self) -> str:
-        return "required" if self.info.is_required() else f"default {_written(self.info.get_default(call_default_factory=True))}"
+        return (
+            "required"
+            if self.info.is_required()
+            else f"default {_written(self.info.get_default(call_default_factory=True))}"
+        )
 
 
 def entries() -> list[Entry]:
@@ -77,7 +81,7 @@ def explain(name: str) -> str:
         raise RecipeError(f"no field of a recipe is called «{name}»", do=_near(name, known, every))
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for e in found:
-        field = ".".join(e.path[1:]) if len(e.path) > 1 else e.path[0]
+        field = ".".join(e.path[1:] or e.path)
         groups.setdefault((field, e.type, e.info.description or ""), []).append(e)
     return "\n\n".join(_group(field, type_, text, members) for (field, type_, text), members in groups.items())
 

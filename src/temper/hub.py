@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from temper.errors import ModelError, nearest
 from temper.run import file_sha256
@@ -140,3 +141,33 @@ def _from_cache(repo: str, fetch: functools.partial[str] | object) -> str:
 
 def read_config(folder: str) -> dict[str, object]:
     return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def bytes_to_fetch(repo: str, revision: str | None, kind: str, part: str | None = None) -> float | None:
+    """Bytes of a hub repository that are not in the local cache yet; None where the hub does not say.
+
+    Args:
+        kind: «model» (its weights once, in safetensors where there are any) or «dataset».
+        part: the configuration of a data set; its files stand in a folder of that name.
+    """
+    import huggingface_hub as hub
+
+    try:
+        api = hub.HfApi()
+        info: Any = (api.model_info if kind == "model" else api.dataset_info)(
+            repo, revision=revision, files_metadata=True, timeout=10
+        )
+    except Exception:  # no network, no such repository: whatever stops the stage is told by the stage
+        return None
+    sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+    if kind == "model":
+        sizes = {n: size for n, size in sizes.items() if "/" not in n}
+        weights = [n for n in sizes if n.endswith(WEIGHTS)]
+        best = [n for n in weights if n.endswith(".safetensors")] or [n for n in weights if n.endswith(".bin")]
+        sizes = {n: size for n, size in sizes.items() if n not in weights or n in best}
+    elif part and any(n.startswith(f"{part}/") for n in sizes):
+        sizes = {n: size for n, size in sizes.items() if n.startswith(f"{part}/")}
+    cached = {
+        n for n in sizes if isinstance(hub.try_to_load_from_cache(repo, n, revision=info.sha, repo_type=kind), str)
+    }
+    return float(sum(size for n, size in sizes.items() if n not in cached))

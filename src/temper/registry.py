@@ -15,6 +15,7 @@ import pydantic
 from temper.errors import RecipeError, nearest
 
 T = TypeVar("T", bound=Callable[..., Any])
+E = TypeVar("E", bound=Callable[..., Any])  # the entry itself: a decorated class keeps its own type
 
 
 class Registry(Generic[T]):
@@ -32,11 +33,11 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        def add(entry: T) -> T:
+    def register(self, name: str) -> Callable[[E], E]:
+        def add(entry: E) -> E:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._entries[name] = entry
+            self._entries[name] = entry  # type: ignore[assignment]
             return entry
 
         return add

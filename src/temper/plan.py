@@ -1,0 +1,137 @@
+"""What a run would do, without doing it: which stages stand, which run and why, and what they would cost.
+
+Nothing is written and no file's checksum is verified: a damaged result is found when the run reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from temper import pipeline
+from temper import recipe as recipes
+from temper.errors import TemperError
+from temper.pipeline import Choice
+from temper.predict import Cost, Predictor
+from temper.recipe import Recipe
+from temper.run import Result, RunFolder, read_json
+
+CACHED, RUNS, GOES_ON, STOPS = "cached", "runs", "goes on", "stops"
+SHOWN = 4  # changed keys named in full
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage of the plan. `problem`: as things stand, the run would stop here."""
+
+    name: str
+    kind: str
+    state: str
+    reason: str
+    cost: Cost
+
+    @property
+    def problem(self) -> bool:
+        return self.state == STOPS
+
+
+def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
+    """The stages that were chosen, in the order they would run.
+
+    Raises:
+        RecipeError: a chosen stage does not exist. What would stop a stage is a step of the plan, not an error.
+    """
+    choice.check(recipe)
+    target = RunFolder(folder)
+    predictor = Predictor(recipe, target)
+    keys: dict[str, str] = {}
+    steps: list[Step] = []
+    for name in choice.wanted(recipe):
+        kind = recipe.stages[name].kind
+        needed = recipes.dependencies(recipe, name)
+        try:
+            if all(n in keys for n in needed):
+                keys[name] = pipeline.key_of(recipe, name, keys)
+        except TemperError as error:
+            reason = error.what + (f"; {error.do}" if error.do else "")
+            steps.append(Step(name, kind, STOPS, reason, predictor.cost(name)))
+            continue
+        found = target.recorded(name, keys[name]) if name in keys and name not in choice.force else None
+        if found:
+            predictor.known[name] = found
+            aside = "" if found.path.name == name else f"it was set aside as {found.path.name} and is taken back"
+            steps.append(Step(name, kind, CACHED, aside, Cost()))
+            continue
+        state, reason = _why(recipe, name, target, keys, forced=name in choice.force)
+        steps.append(Step(name, kind, state, reason, predictor.cost(name)))
+    return steps
+
+
+def total(steps: Sequence[Step]) -> Cost:
+    """Sums, and the largest memory; what is not known of one stage is not known of all."""
+
+    def over(field: str, how: Callable[[list[float]], float]) -> float | None:
+        values = [getattr(s.cost, field) for s in steps if s.state != CACHED]
+        return None if None in values else how([*values, 0.0])
+
+    return Cost(
+        None, over("seconds", sum), over("memory_bytes", max), over("download_bytes", sum), over("disk_bytes", sum)
+    )
+
+
+def _why(recipe: Recipe, name: str, target: RunFolder, keys: dict[str, str], *, forced: bool) -> tuple[str, str]:
+    """(state, reason) of a stage that has no result under its key."""
+    if forced:
+        return RUNS, "asked for by --force"
+    if name in keys and _unfinished(target, name) == keys[name]:
+        steps = [int(p.name[5:]) for p in (target.partial(name) / "checkpoints").glob("step-*")]
+        return GOES_ON, f"from step {max(steps)}, where it was stopped" if steps else "it was stopped before"
+    present = target.peek(name)
+    if present is None:
+        return RUNS, "no result yet"
+    return RUNS, "; ".join(_changes(recipe, name, present, keys))
+
+
+def _unfinished(target: RunFolder, name: str) -> str | None:
+    try:
+        return read_json(target.partial(name) / "partial.json")["key"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _changes(recipe: Recipe, name: str, present: Result, keys: dict[str, str]) -> list[str]:
+    """What makes the key another one than that of the present result."""
+    stage, info = recipe.stages[name], present.info
+    now = pipeline.settings(stage)
+    then = {k: v for k, v in info["config"].items() if k in now}
+    changed = [f"{key} {_shown(a)} → {_shown(b)}" for key, a, b in differences(then, now)]
+    if len(changed) > SHOWN:
+        changed = [*changed[:SHOWN], f"{len(changed) - SHOWN} more"]
+    out = ["changed: " + ", ".join(changed)] if changed else []
+    inputs = recipes.dependencies(recipe, name)
+    moved = [n for n in inputs if n not in keys or info["inputs"].get(n) != keys[n]]
+    if moved:
+        out.append(f"its input changes: {', '.join(moved)}")
+    if stage.version != info["version"]:
+        out.append(f"version {info['version']} → {stage.version} of this kind of stage")
+    return out or ["the seed, or the content of a file or model that it reads, has changed"]
+
+
+def differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two nested settings.
+
+    >>> list(differences({"lr": 1, "adapter": {"r": 8, "alpha": 16}}, {"lr": 1, "adapter": {"r": 4, "alpha": 16}}))
+    [('adapter.r', 8, 4)]
+    """
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif then != now:
+        yield path, then, now
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else "{…}" if isinstance(value, dict) else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"

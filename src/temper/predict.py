@@ -1,0 +1,224 @@
+"""What a stage would cost: from shapes, a quick measurement of this machine, and earlier results in the run folder.
+
+Predictions, not promises: within a factor of two or so where the stage ran before, of three where only shapes are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import psutil
+
+from temper import hub, shapes
+from temper.data import sources
+from temper.engine import device as devices
+from temper.engine.loop import Training
+from temper.errors import TemperError
+from temper.hub import bytes_to_fetch
+from temper.recipe import Recipe
+from temper.run import Result, RunFolder, read_json
+from temper.shapes import Rows, Size
+from temper.stages.data import Data
+from temper.stages.evaluate import Evaluate
+from temper.stages.merge import Merge
+from temper.stages.pretrain import Pretrain
+
+ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
+EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
+STEP_SECONDS = 0.002  # Python's share of decoding one token of a batch, and again for every layer
+LOAD_SECONDS = 2.0  # of any stage with a model: loading it and proving its layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """None: cannot be told beforehand. `basis` says what a prediction stands on."""
+
+    tokens: float | None = None
+    seconds: float | None = None
+    memory_bytes: float | None = None
+    download_bytes: float | None = None
+    disk_bytes: float | None = None
+    basis: str = ""
+
+
+class Predictor:
+    """Predictions for the stages of one recipe. `known` takes finished stages: they tell more than shapes do."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.known = recipe, dict[str, Result]()
+        self.earlier = list(_earlier(folder))
+        self.floor = psutil.Process().memory_info().rss  # Python with torch, which this very process has imported
+        self.device = devices.setup(recipe.device, recipe.threads)
+        self._rows: dict[str, Rows | None] = {}
+
+    def cost(self, name: str) -> Cost:
+        """The predicted cost of a stage that would run."""
+        stage = self.recipe.stages[name]
+        if isinstance(stage, Data):
+            cost = self._data(name)
+        elif isinstance(stage, Training):
+            cost = self._training(name, stage)
+        elif isinstance(stage, Evaluate):
+            cost = self._evaluation(name, stage)
+        elif isinstance(stage, Merge):
+            cost = self._merge(stage)
+        else:
+            cost = self._as_before(name)
+        return dataclasses.replace(cost, download_bytes=self._download(name))
+
+    def rows(self, ref: str) -> Rows | None:
+        """Rows of a data stage, `STAGE` or `STAGE.SPLIT`."""
+        name = ref.partition(".")[0]
+        if name not in self._rows:
+            stage = self.recipe.stages[name]
+            self._rows[name] = None
+            if name in self.known:
+                self._rows[name] = shapes.rows_of_card(self.known[name])
+            elif isinstance(stage, Data):
+                with contextlib.suppress(TemperError):  # what is wrong is told by that stage's own line of the plan
+                    self._rows[name] = shapes.rows_of_source(stage, self.recipe)
+        return self._rows[name]
+
+    def size(self, ref: str) -> Size | None:
+        """Size of a model that a stage, a folder or the hub gives."""
+        name = str(self.recipe.model if ref == "base" else ref)
+        stage: Any = self.recipe.stages.get(name)
+        if isinstance(stage, Pretrain):
+            return shapes.size_of_pretrained(stage)
+        if stage is not None:
+            return self.size(stage.model) if hasattr(stage, "model") else None
+        with contextlib.suppress(TemperError, OSError, ValueError):
+            source = hub.locate(name, self.recipe.folder)
+            return shapes.size_of_source(source, trust_remote_code=self.recipe.trust_remote_code)
+        return None
+
+    def before(self, name: str) -> dict[str, Any] | None:
+        """stage.json of an earlier result of this stage, else of another stage of its kind."""
+        kind = self.recipe.stages[name].kind
+        same = [i for i in self.earlier if i["kind"] == kind and i["seconds"]]
+        return next((i for i in same if i["name"] == name), same[0] if same else None)
+
+    def _data(self, name: str) -> Cost:
+        rows, before = self.rows(name), self.before(name)
+        if rows is None:
+            return Cost(basis="nothing: the source cannot be looked at from here")
+        n, rate, basis = sum(rows.splits.values()), float(ROWS_PER_SECOND), rows.basis
+        if before is not None and before["examples"]:
+            rate = before["examples"] / before["seconds"]
+            basis += f"; {rate:,.0f} rows/s of an earlier result"
+        size = n * rows.tokens * shapes.CHARACTERS_PER_TOKEN
+        return Cost(n * rows.tokens, n / rate, self.floor + 8 * size, None, size, basis)
+
+    def _training(self, name: str, stage: Any) -> Cost:
+        size, rows, before = self.size(name), self.rows(stage.data), self.before(name)
+        if rows is None:
+            return Cost(basis="nothing: its data are not known")
+        n = stage.epochs * rows.splits.get("train", 0.0)
+        if stage.max_steps:
+            n = stage.max_steps * stage.batch_size * stage.accumulation
+        tokens = n * self._row_tokens(name, stage, rows)
+        if size is None:
+            return Cost(tokens, basis=f"{rows.basis}; the model is not known")
+        adapter = getattr(stage, "adapter", None)
+        trained = size.adapter(adapter.r) if adapter else size.parameters
+        saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or stage.merge)
+        kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
+        work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
+        memory = self.floor + 4 * size.parameters + 12 * trained + work
+        if before is not None and before["tokens"] and before["parameters"]:
+            if before["parameters"] >= size.parameters:
+                memory = max(memory, before["peak_memory_bytes"] or 0)
+            rate = before["tokens"] / before["seconds"] * before["parameters"] / size.parameters
+            seconds, basis = tokens / rate, f"{rate:,.0f} tokens/s of an earlier result"
+        else:
+            precision = devices.precision(stage.precision, self.device)
+            rate = shapes.matrix_rate(self.device, precision, stage.micro_tokens, size.hidden)
+            flops = shapes.training_flops(
+                size, scored=1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens, adapter=bool(adapter),
+                head_trained=adapter is None, width=max(stage.row_tokens, rows.tokens),
+                recompute=stage.activation_checkpointing,
+            )  # fmt: skip
+            seconds = LOAD_SECONDS + tokens * flops / (EFFICIENCY * rate)
+            basis = f"{rate / 1e9:,.0f} GFLOP/s measured here in {precision}"
+        return Cost(tokens, seconds, memory, None, saved + kept, f"{basis}; {rows.basis}")
+
+    def _row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
+        """Tokens of a row: counted where the stage ran on the same rows before, else estimated."""
+        for info in self.earlier:
+            config = info["config"]
+            if info["name"] == name and config["data"] == stage.data and info["tokens"] and info["steps"]:
+                return info["tokens"] / (info["steps"] * config["batch_size"] * config["accumulation"])
+        return rows.tokens
+
+    def _evaluation(self, name: str, stage: Evaluate) -> Cost:
+        rows, before = self.rows(stage.data), self.before(name)
+        if rows is None:
+            return Cost(basis="nothing: its data are not known")
+        n = min(rows.splits.get(stage.data.partition(".")[2] or "test", 0.0), stage.take or float("inf"))
+        new = n * stage.decoding.max_new_tokens
+        tokens = len(stage.models) * (n * rows.tokens + new)
+        sizes = [s for m in stage.models if (s := self.size(m)) is not None]
+        memory = self.floor + 1.5 * max(4 * s.parameters for s in sizes) if sizes else None
+        disk = n * (4 * rows.tokens + 2 * stage.decoding.max_new_tokens * len(stage.models))
+        if before is not None and before["examples"]:
+            config = before["config"]
+            work = before["examples"] * len(config["models"]) * config["decoding"]["max_new_tokens"]
+            seconds = before["seconds"] * len(stage.models) * new / work
+            return Cost(tokens, seconds, memory, None, disk, f"an earlier result; {rows.basis}")
+        if len(sizes) < len(stage.models):
+            return Cost(tokens, None, memory, None, disk, f"{rows.basis}; a model is not known")
+        precision, seconds = devices.precision(stage.precision, self.device), 0.0
+        for size in sizes:
+            wide = shapes.matrix_rate(self.device, precision, 1024, size.hidden)
+            narrow = shapes.matrix_rate(self.device, precision, stage.batch_size, size.hidden)
+            seconds += LOAD_SECONDS + 4 * n * rows.tokens * size.matrices / (EFFICIENCY * wide)  # read, then scored
+            seconds += 2 * new * (size.matrices + size.hidden * size.vocabulary) / (EFFICIENCY * narrow)
+            seconds += new / stage.batch_size * STEP_SECONDS * (1 + size.layers)
+        return Cost(tokens, seconds, memory, None, disk, f"matrix products measured here in {precision}; {rows.basis}")
+
+    def _merge(self, stage: Merge) -> Cost:
+        size = self.size(stage.model)
+        if size is None:
+            return Cost(basis="nothing: the model is not known")
+        saved = 4 * size.parameters
+        return Cost(None, LOAD_SECONDS + saved / 100e6, self.floor + 2.5 * saved, None, saved, "the model's size")
+
+    def _as_before(self, name: str) -> Cost:
+        info = self.before(name)
+        if info is None:
+            return Cost()
+        disk = info["bytes_on_disk"]
+        return Cost(info["tokens"], info["seconds"], info["peak_memory_bytes"], None, disk, "an earlier result")
+
+    def _download(self, name: str) -> float | None:
+        """Bytes still to come from the hub for one stage; None where that cannot be told."""
+        stage = self.recipe.stages[name]
+        wanted = []
+        for _, gives, value in stage.refs():
+            target = str(self.recipe.model if value == "base" else value)
+            if gives == "model" and target not in self.recipe.stages:
+                wanted.append((target.partition("@")[0], target.partition("@")[2] or None, "model", None))
+        try:
+            if isinstance(stage, Data) and sources.fingerprint(stage.source, self.recipe.folder) is None:
+                wanted.append((stage.source, stage.revision, "dataset", stage.config))
+        except TemperError:
+            return None
+        found = [
+            0.0
+            if kind == "model" and (self.recipe.folder / repo).is_dir()
+            else bytes_to_fetch(repo, revision, kind, part)
+            for repo, revision, kind, part in wanted
+        ]
+        return None if any(f is None for f in found) else sum(f for f in found if f is not None)
+
+
+def _earlier(folder: RunFolder) -> list[dict[str, Any]]:
+    """stage.json of every finished stage in the folder, those set aside included, the present ones first."""
+    out = []
+    paths = folder.path.glob("*/stage.json") if folder.path.is_dir() else []
+    for path in sorted(paths, key=lambda p: ("@" in p.parent.name, p)):
+        with contextlib.suppress(OSError, ValueError):
+            out.append(read_json(path))
+    return out

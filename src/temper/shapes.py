@@ -1,0 +1,194 @@
+"""Sizes of models and data before they are loaded, and what arithmetic on them costs. Nothing here is run or written.
+
+Legend: M parameters in matrix products, h hidden width, V vocabulary, L layers, w width of a row in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from temper import hub
+from temper.data import mini, sources
+from temper.data.formats import apply, texts
+from temper.engine import device as devices
+from temper.models.scores import CHUNK_LOGITS
+from temper.recipe import Recipe
+from temper.run import Result, read_json
+from temper.stages.data import TEMPLATES, Data
+from temper.stages.pretrain import Pretrain, fresh
+
+CHARACTERS_PER_TOKEN = 3.5  # of byte-level BPE: 4 and more in English, 2 to 4.5 in Cyrillic
+ASSUMED_TOKENS = 300  # of a row that cannot be looked at
+LOOKED_AT = 200  # rows made or drawn to see how long they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a model's arithmetic and memory depend on. `linear` are the (in, out) of its matrices but the head."""
+
+    parameters: int
+    linear: tuple[tuple[int, int], ...]
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def matrices(self) -> int:
+        return sum(a * b for a, b in self.linear)
+
+    def adapter(self, r: int) -> int:
+        """Parameters of a LoRA of rank r on all of `linear`."""
+        return sum(r * (a + b) for a, b in self.linear)
+
+
+class _Vocabulary:
+    """Stands for a tokenizer that is not trained yet."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def size_of_pretrained(stage: Pretrain) -> Size:
+    """Size of the model that a pretrain stage makes, none of its weights being filled in.
+
+    >>> from temper.stages.pretrain import Shape
+    >>> size = size_of_pretrained(Pretrain(data="x", shape=Shape(vocabulary=1200, hidden=64, layers=2, heads=2)))
+    >>> size.parameters, size.adapter(16)
+    (183616, 40960)
+    """
+    with torch.device("meta"):
+        return _size(fresh(stage.shape, _Vocabulary(stage.shape.vocabulary), seed=0))
+
+
+def size_of_source(source: hub.Source, *, trust_remote_code: bool = False) -> Size:
+    """Size of a model in a folder or on the hub, from its configuration.
+
+    Raises:
+        OSError, ValueError: it has none that transformers knows.
+    """
+    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return _size(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def _size(model: Any) -> Size:
+    head = model.get_output_embeddings()
+    linear = tuple(
+        (m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear) and m is not head
+    )
+    config = model.config.get_text_config()
+    every = sum(p.numel() for p in model.parameters())
+    return Size(every, linear, config.hidden_size, config.num_hidden_layers, config.vocab_size)
+
+
+def training_flops(
+    size: Size, *, scored: float, adapter: bool, head_trained: bool, width: float, recompute: bool
+) -> float:
+    """Floating-point operations a token of one forward and backward pass.
+
+    A product with an (a, b) matrix takes 2ab forward, 2ab for the gradient of its input and, where it is trained, 2ab
+    for its own. Attention: 4wh a layer forward, twice that backward.
+
+    Args:
+        scored: share of tokens at which the head runs.
+        width: tokens that one token is compared with: the row's width, since the mask is dense.
+        recompute: activations are computed again in the backward pass.
+    """
+    passes = (2 if adapter else 3) + recompute
+    head = 2 * size.hidden * size.vocabulary * scored * (3 if head_trained else 2)
+    return 2 * size.matrices * passes + head + 4 * width * size.hidden * size.layers * (3 + recompute)
+
+
+def activation_bytes(size: Size, tokens: float, *, recompute: bool) -> float:
+    """Rough bytes of activations kept for the backward pass over so many tokens, logits included."""
+    kept = sum(a for a, _ in size.linear) * 2 + 6 * size.hidden * size.layers  # inputs of products, and what is between
+    if recompute:
+        kept = size.hidden * size.layers + kept / size.layers
+    return 4 * tokens * kept + 4 * 3 * min(tokens * size.vocabulary, CHUNK_LOGITS)
+
+
+@functools.cache
+def matrix_rate(device: torch.device, precision: str, rows: int, hidden: int) -> float:
+    """FLOP/s of (rows × hidden) by (hidden × 4 hidden) products here, measured in about a quarter of a second."""
+    dtype = devices.DTYPES[precision]
+    a = torch.ones(rows, hidden, device=device, dtype=dtype)
+    b = torch.ones(hidden, 4 * hidden, device=device, dtype=dtype)
+    best, until = float("inf"), time.perf_counter() + 0.25
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        for _ in range(8):
+            torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)  # the least disturbed
+    return 8 * 2 * rows * hidden * 4 * hidden / best
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a data stage by split, and the median tokens of one: all of it, and its answer alone."""
+
+    splits: dict[str, float]
+    tokens: float
+    answer: float
+    basis: str
+
+
+def rows_of_card(result: Result) -> Rows:
+    """Rows of a finished data stage."""
+    card = read_json(result.path / "card.json")
+    lengths = next(iter(card["lengths"].values()))
+    unit = next(iter(lengths.values()))["unit"]
+    per = 1.0 if unit == "tokens" else CHARACTERS_PER_TOKEN
+    medians = {column: found["median"] / per for column, found in lengths.items()}
+    answer = medians.get("completion", medians.get("chosen", sum(medians.values())))
+    return Rows(card["splits"], sum(medians.values()), answer, f"the rows of {result.name}")
+
+
+def rows_of_source(stage: Data, recipe: Recipe) -> Rows | None:
+    """Rows that a data stage would make, from a look at its source; None where neither number nor length is known.
+
+    Raises:
+        DataError, RecipeError: as reading the source would.
+    """
+    made = stage.source.startswith(sources.MINI)
+    if not made and sources.fingerprint(stage.source, recipe.folder, split=stage.split) is None:
+        if stage.take is None:
+            return None
+        tokens = min(ASSUMED_TOKENS, stage.drop.longer_than or ASSUMED_TOKENS)
+        return Rows(_splits(stage, stage.take), tokens, tokens / 4, f"{tokens} tokens a row assumed")
+    look = min(LOOKED_AT, stage.take or LOOKED_AT) if made else stage.take
+    records = sources.read(
+        stage.source, split=stage.split, encoding=stage.encoding, base=recipe.folder, rows=look, seed=recipe.seed
+    ).records
+    n = (stage.take or mini.ROWS[stage.split]) if made else len(records)
+    templates = {name: value for name in TEMPLATES if (value := getattr(stage, name)) is not None}
+    mapped = [texts(r.row) for r in apply(records[:LOOKED_AT], templates, keep=[])]
+    tokens = statistics.median(sum(map(len, m.values())) for m in mapped) / CHARACTERS_PER_TOKEN
+    answers = [len(m.get("completion", m.get("chosen", "".join(m.values())))) for m in mapped]
+    return Rows(
+        _splits(stage, n), tokens, statistics.median(answers) / CHARACTERS_PER_TOKEN,
+        f"{len(mapped)} rows looked at, {CHARACTERS_PER_TOKEN} characters a token assumed",
+    )  # fmt: skip
+
+
+def _splits(stage: Data, n: float) -> dict[str, float]:
+    out = {}
+    for name in ("validation", "test"):
+        value = getattr(stage, name)
+        if not isinstance(value, str):
+            out[name] = min(n, value if isinstance(value, int) else value * n)
+    return {"train": max(0.0, n - sum(out.values())), **out}
