@@ -136,7 +136,7 @@ def run(
     recipes.find(recipe)  # a misspelt name is told before seconds of imports
     with _stoppable() as work:
         from temper import app as runner
-        from temper.pipeline import command_line
+        from temper.manifest import command_line
 
         loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
         work.append(runner.folder_of(loaded, out))

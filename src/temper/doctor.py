@@ -70,13 +70,15 @@ def _packages() -> Iterator[Check]:
 def _machine() -> Iterator[Check]:
     import psutil
 
-    from temper.pipeline import hardware
+    from temper.manifest import hardware
 
     found = hardware()
     memory = psutil.virtual_memory()
     yield Check(GOOD, "processor", f"{found['cpu']}, {found['cores']} cores for this process")
     few = memory.available < 2e9
-    text = f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free" + ("; little for training" if few else "")
+    text = f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free" + (
+        "; little for training" if few else ""
+    )
     yield Check(HINT if few else GOOD, "memory", text)
     flags = _cpu_flags()
     if flags is None:
@@ -104,12 +106,16 @@ def _accelerators() -> Iterator[Check]:
         for k in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(k)
             bf16 = p.major >= 8
-            text = f"{p.name}, {p.total_memory / 1e9:.0f} GB, {'bf16' if bf16 else 'no bf16: precision: fp16 or float32'}"
+            text = (
+                f"{p.name}, {p.total_memory / 1e9:.0f} GB, {'bf16' if bf16 else 'no bf16: precision: fp16 or float32'}"
+            )
             yield Check(GOOD, f"cuda:{k}", text)
     elif torch.backends.mps.is_available():
         yield Check(HINT, "GPU", "Apple's MPS is there; ask for it with device: mps (best effort)")
     elif torch.version.cuda:
-        yield Check(HINT, "GPU", f"none is visible, though torch is built for CUDA {torch.version.cuda}: check the driver")
+        yield Check(
+            HINT, "GPU", f"none is visible, though torch is built for CUDA {torch.version.cuda}: check the driver"
+        )
     else:
         yield Check(HINT, "GPU", "none; mini profiles run on the CPU in minutes")
 
@@ -160,7 +166,9 @@ def try_folder(place: Path, kind: str = "") -> Iterator[Check]:
     if problem:
         yield Check(MISSING, "rename", f"{problem}{remote}: a finished stage could not appear whole; use a local disk")
     elif mounted:
-        text = f"works here{remote}, but such drives may copy instead of renaming: use a local disk and copy the run after"
+        text = (
+            f"works here{remote}, but such drives may copy instead of renaming: use a local disk and copy the run after"
+        )
         yield Check(HINT, "rename", text)
     else:
         yield Check(GOOD, "rename", f"atomic{remote}")

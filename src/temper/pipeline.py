@@ -8,160 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from temper import hub
 from temper import recipe as recipes
 from temper.errors import RecipeError, RunError, TemperError, nearest
+from temper.job import Job, Log
+from temper.manifest import PeakMemory
+from temper.manifest import manifest as manifest_of
 from temper.recipe import Recipe, Stage
 from temper.run import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
-
-REPORTED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors")
-
-
-class Log:
-    """The same lines on the terminal and in pipeline.log; progress bars only on a terminal."""
-
-    def __init__(self, file: Path | None, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, quiet=quiet, soft_wrap=True)
-        self.file = file
-
-    def __call__(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False)
-        if self.file is not None:
-            stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            with (
-                contextlib.suppress(OSError),
-                open(self.file, "a", encoding="utf-8") as out,
-            ):  # a full disk is told elsewhere
-                out.write("".join(f"{stamp} {line}\n" for line in text.splitlines() or [""]))
-
-
-class Job:
-    """What a stage is given: its folder, its inputs, the log, and where to note what it did."""
-
-    def __init__(self, recipe: Recipe, name: str, folder: Path, inputs: dict[str, Result], log: Log) -> None:
-        self.recipe, self.name, self.dir, self.inputs, self.log = recipe, name, folder, inputs, log
-        self.stage = recipe.stages[name]
-        self.seed = seed_of(recipe, name)
-        self.facts: dict[str, Any] = {}  # what was really used: attention, layout, dtype, …
-        self.counts: dict[str, Any] = {}  # tokens, trained_tokens, examples, steps, parameters, …
-        self.warnings: list[str] = []
-        self.summary = ""
-        self.peak_device_memory: int | None = None
-
-    def say(self, text: str, style: str = "") -> None:
-        self.log(text, style)
-
-    def warn(self, text: str) -> None:
-        """A thing that may be intended: said once, and written into the report."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-            self.log(f"warning: {text}", "yellow")
-
-    @contextlib.contextmanager
-    def progress(self, total: int | None, what: str, done: int = 0) -> Iterator[Any]:
-        """`with job.progress(n, "training") as step: step(1, loss=0.3)`"""
-        if not self.log.console.is_terminal or self.log.console.quiet:
-            yield lambda advance=1, **shown: None
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )
-        with Progress(*columns, console=self.log.console, transient=True) as bar:
-            task = bar.add_task(f"{self.name}: {what}", total=total, completed=done, shown="")
-
-            def step(advance: int = 1, **shown: Any) -> None:
-                bar.update(task, advance=advance, shown=" ".join(f"{k} {v}" for k, v in shown.items()))
-
-            yield step
-
-    def rows(self, ref: str, split: str) -> Path | None:
-        """The parquet file of one split of a data stage (`STAGE` or `STAGE.SPLIT`); None where it has no rows."""
-        name, _, named = ref.partition(".")
-        path = self.inputs[name].path / "data" / f"{named or split}.parquet"
-        return path if path.is_file() else None
-
-    def model(self, ref: str) -> hub.Source:
-        """A model reference (stage, `base`, folder, hub id) → what to load."""
-        name = self.recipe.model if ref == "base" else ref
-        assert name is not None  # checked when the recipe was loaded
-        if name not in self.inputs:
-            return hub.locate(name, self.recipe.folder)
-        return self.of_result(self.inputs[name])
-
-    def of_result(self, result: Result) -> hub.Source:
-        """The model that a stage made; an unmerged adapter is named together with the base it belongs to."""
-        if (result.path / "model").is_dir():
-            return hub.Source(str(result.path / "model"))
-        base = read_json(result.path / "adapter" / "temper.json")["base"]
-        folder = result.path.parent / base["stage"] / "model" if base["stage"] else None
-        return hub.Source(
-            str(folder) if folder else base["name"], base["revision"], (*base["adapters"], str(result.path / "adapter"))
-        )
-
-    def save_clock(self) -> None:
-        write_json(self.dir / "clock.json", {"seconds": self.seconds()})
-
-    def start_clock(self) -> None:
-        before = self.dir / "clock.json"
-        earlier = 0.0
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            earlier = float(read_json(before)["seconds"])
-        self._started = time.perf_counter() - earlier
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-
-class PeakMemory:
-    """The process's peak resident memory during a stage, in bytes: the kernel's own mark where it can be reset, else sampled."""
-
-    def __enter__(self) -> PeakMemory:
-        self.kernel = False
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-            self.kernel = True
-        self.peak, self._stop, self._process = 0, threading.Event(), psutil.Process()
-        if not self.kernel:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.1):
-            self.peak = max(self.peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self.kernel:
-            status = Path("/proc/self/status").read_text()
-            self.peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def seed_of(recipe: Recipe, name: str) -> int:
-    """The seed of a stage: the recipe's, moved for the replicas that `seeds: N` makes."""
-    return recipe.seed + 1000 * int(recipes.replica(name)[1])
 
 
 def settings(stage: Stage) -> dict[str, Any]:
@@ -192,7 +55,7 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
         "inputs": {n: keys[n] for n in recipes.dependencies(recipe, name)},
         "models": outside,
         "outside": stage.fingerprint(recipe.folder),
-        "seed": seed_of(recipe, name),
+        "seed": recipes.seed_of(recipe, name),
         "trust_remote_code": recipe.trust_remote_code,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -248,7 +111,7 @@ def run(
         order = choice.wanted(recipe)
         _check_same_recipe(target, recipe)
         write_atomic(folder / "recipe.yaml", recipe.dump())
-        manifest = _manifest(recipe, order, command)
+        manifest = manifest_of(recipe, order, command)
         keys: dict[str, str] = {}
         done: dict[str, Result] = {}
         try:
@@ -367,63 +230,3 @@ def _check_same_recipe(target: RunFolder, recipe: Recipe) -> None:
             where=str(target.path),
             do="choose another folder with --out",
         )
-
-
-def _manifest(recipe: Recipe, order: list[str], command: Sequence[str]) -> dict[str, Any]:
-    rest = [n for n in recipe.stages if n not in order]
-    return {
-        "schema": 1,
-        "recipe": recipe.name,
-        "profile": recipe.profile,
-        "seed": recipe.seed,
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": list(command),
-        "temper": importlib.metadata.version("temper-lm"),
-        "python": platform.python_version(),
-        "packages": {p: importlib.metadata.version(p) for p in REPORTED_PACKAGES},
-        "hardware": hardware(recipe.threads),
-        "git": _git(recipe.folder),
-        "seconds": None,
-        "stages": [
-            {
-                "name": n,
-                "kind": recipe.stages[n].kind,
-                "key": None,
-                "cached": False,
-                "status": "pending" if n in order else "skipped",
-                "error": None,
-            }
-            for n in [*order, *rest]
-        ],
-    }
-
-
-def hardware(threads: int | None = None) -> dict[str, Any]:
-    """Processor, cores usable by this process, memory; GPUs are added by the stages that use them."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":", 1)[1].splitlines()[0].strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "threads": threads or cores,
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [],
-    }
-
-
-def _git(folder: Path) -> dict[str, Any] | None:
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def command_line() -> list[str]:
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]

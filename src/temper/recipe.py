@@ -25,7 +25,7 @@ from temper.errors import RecipeError, nearest
 from temper.registry import Registry
 
 if TYPE_CHECKING:
-    from temper.pipeline import Job
+    from temper.job import Job
 
 KeyPath = tuple[str, ...]
 REPLICA = "-seed"  # `sft` with seeds: 3 is trained as sft, sft-seed2 and sft-seed3
@@ -407,3 +407,8 @@ def order(recipe: Recipe) -> list[str]:
     for name in recipe.stages:
         visit(name, ())
     return done
+
+
+def seed_of(recipe: Recipe, name: str) -> int:
+    """The seed of a stage: the recipe's, moved for the replicas that `seeds: N` makes."""
+    return recipe.seed + 1000 * int(replica(name)[1])

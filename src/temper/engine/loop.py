@@ -23,9 +23,9 @@ import torch
 
 from temper.engine import checkpoint, optim, tripwires
 from temper.engine.device import Precision, autocast
+from temper.job import Job
 from temper.losses import Terms
 from temper.models.scores import Policy
-from temper.pipeline import Job
 from temper.recipe import Config, detail
 from temper.run import write_atomic
 from temper.trees import Row, Tree, rows_of

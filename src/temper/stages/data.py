@@ -12,8 +12,8 @@ from temper.data.chat import Format
 from temper.data.clean import Drop, clean
 from temper.data.formats import apply, texts
 from temper.data.split import Splits, leaks, split
+from temper.job import Job
 from temper.models import load
-from temper.pipeline import Job
 from temper.recipe import ModelRef, Stage, detail, stages
 from temper.run import write_json
 from temper.types import Record

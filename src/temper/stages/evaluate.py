@@ -17,9 +17,9 @@ from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder
 from temper.engine import device as devices
 from temper.errors import DataError
+from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.pipeline import Job
 from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.fallback import Decoding, generate
 from temper.run import read_json, write_json

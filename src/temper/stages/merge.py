@@ -6,9 +6,9 @@ from peft import PeftModel
 
 from temper.engine import device as devices
 from temper.errors import ModelError
+from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.pipeline import Job
 from temper.recipe import ModelRef, Stage, detail, stages
 from temper.stages.training import proven_merge, settle
 from temper.trees import chain, join

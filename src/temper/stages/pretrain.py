@@ -14,10 +14,10 @@ from temper.data.card import read_rows
 from temper.engine import device as devices
 from temper.engine.loop import Batches, Loop, Training
 from temper.errors import DataError
+from temper.job import Job
 from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
-from temper.pipeline import Job
 from temper.recipe import Config, DataRef, Stage, detail, stages
 from temper.stages.training import settle, summarise
 from temper.trees import chain, rows_of

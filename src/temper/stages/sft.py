@@ -11,10 +11,10 @@ from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder, Format, show
 from temper.engine.loop import Batches, Loop
 from temper.errors import DataError
+from temper.job import Job
 from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
-from temper.pipeline import Job
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.fallback import Decoding, generate
 from temper.stages.training import TrainingStage, finish, open_policy, summarise

@@ -12,10 +12,10 @@ from peft import PeftModel
 from temper import hub
 from temper.engine import device as devices
 from temper.engine.loop import Loop, Training
+from temper.job import Job
 from temper.models import adapters, load
 from temper.models.adapters import Adapter
 from temper.models.scores import Policy, prove
-from temper.pipeline import Job
 from temper.recipe import ModelRef, Stage, detail
 from temper.trees import Row, Tree
 
