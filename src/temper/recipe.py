@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 from pydantic import Field
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
 
+from temper import overlay
 from temper.errors import RecipeError, nearest
+from temper.overlay import KeyPath
 from temper.registry import Registry
 
 if TYPE_CHECKING:
     from temper.job import Job
 
-KeyPath = tuple[str, ...]
 REPLICA = "-seed"  # `sft` with seeds: 3 is trained as sft, sft-seed2 and sft-seed3
 
 
@@ -114,7 +113,7 @@ class Recipe:
 
     def dump(self) -> str:
         out = io.StringIO()
-        _yaml().dump(self.raw, out)
+        overlay.yaml().dump(self.raw, out)
         return out.getvalue()
 
 
@@ -157,7 +156,7 @@ def find(name: str) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """A recipe's file as it stands: nothing merged, nothing checked but its syntax."""
-    return _read(path, {}, ())
+    return overlay.read(path, {}, ())
 
 
 def load(
@@ -182,7 +181,7 @@ def load(
     """
     path = find(str(name))
     lines: dict[KeyPath, str] = {}
-    raw = _read(path, lines, ())
+    raw = overlay.read(path, lines, ())
     profiles = raw.pop("profiles", None) or {}
     if profile is not None:
         if profile not in profiles:
@@ -190,107 +189,19 @@ def load(
                 f"recipe {path.name} has no profile «{profile}»",
                 do=nearest(profile, profiles) if profiles else "it has none",
             )
-        _move(lines, ("profiles", profile), ())
-        raw = merge(raw, profiles[profile] or {})
-    for overlay in overlays or []:
-        if not overlay.is_file():
-            raise RecipeError(f"there is no file {overlay}", where="--config")
-        extra = _read(overlay, lines, ())
+        overlay.move(lines, ("profiles", profile), ())
+        raw = overlay.merge(raw, profiles[profile] or {})
+    for file in overlays or []:
+        if not file.is_file():
+            raise RecipeError(f"there is no file {file}", where="--config")
+        extra = overlay.read(file, lines, ())
         extra.pop("profiles", None)
-        raw = merge(raw, extra)
+        raw = overlay.merge(raw, extra)
     for text in sets or []:
-        raw = merge(raw, _assignment(text, raw, lines))
+        raw = overlay.merge(raw, overlay.assignment(text, raw, lines, tuple(Top.model_fields)))
     if overrides:
-        raw = merge(raw, overrides)
+        raw = overlay.merge(raw, overrides)
     return _checked(raw, lines, path, profile)
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` deeply over `below`: null deletes a key, a list replaces a list.
-
-    >>> merge({"a": {"b": 1, "c": [1, 2]}, "d": 4}, {"a": {"c": [3]}, "d": None, "e": 5})
-    {'a': {'b': 1, 'c': [3]}, 'e': 5}
-    """
-    out = dict(below)
-    for key, value in above.items():
-        if value is None:
-            out.pop(key, None)
-        elif isinstance(value, dict):
-            old = out.get(key)
-            out[key] = merge(old if isinstance(old, dict) else {}, value)
-        else:
-            out[key] = value
-    return out
-
-
-def _yaml() -> YAML:
-    yaml = YAML(typ="rt")
-    yaml.version = (1, 2)
-    yaml.width = 118
-    yaml.allow_duplicate_keys = False
-    return yaml
-
-
-def _read(path: Path, lines: dict[KeyPath, str], at: KeyPath) -> dict[str, Any]:
-    try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError("the recipe is not UTF-8 text", where=f"{path}, byte {error.start}") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            f"not valid YAML: {error.problem}", where=f"{path}:{mark.line + 1 if mark else '?'}"
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError("a recipe is a mapping with name, model and stages", where=str(path))
-    return _plain(tree, path, lines, at)
-
-
-def _plain(node: Any, path: Path, lines: dict[KeyPath, str], at: KeyPath) -> Any:
-    """ruamel's round-trip nodes → plain values, noting the line of every key on the way."""
-    if isinstance(node, dict):
-        out = {}
-        for key, value in node.items():
-            here = (*at, str(key))
-            lines[here] = f"{path}:{node.lc.key(key)[0] + 1}"  # type: ignore[attr-defined]
-            out[str(key)] = _plain(value, path, lines, here)
-        return out
-    if isinstance(node, list):
-        return [_plain(v, path, lines, (*at, str(i))) for i, v in enumerate(node)]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    raise RecipeError(f"a value of type {type(node).__name__} cannot stand in a recipe", where=lines.get(at, str(path)))
-
-
-def _move(lines: dict[KeyPath, str], old: KeyPath, new: KeyPath) -> None:
-    for key in [k for k in lines if k[: len(old)] == old and len(k) > len(old)]:
-        lines[new + key[len(old) :]] = lines.pop(key)
-
-
-def _assignment(text: str, raw: dict[str, Any], lines: dict[KeyPath, str]) -> dict[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise RecipeError(f"--set takes a.b=c, not «{text}»", where="--set")
-    path = tuple(name.strip().split("."))
-    if path[0] not in Top.model_fields:
-        if path[0] not in raw.get("stages", {}):
-            known = [*raw.get("stages", {}), *Top.model_fields]
-            raise RecipeError(
-                f"there is no stage or key «{path[0]}»", where=f"--set {text}", do=nearest(path[0], known)
-            )
-        path = ("stages", *path)
-    try:
-        parsed = _plain(YAML(typ="rt").load(value), Path("--set"), {}, ())
-    except MarkedYAMLError as error:
-        raise RecipeError(f"not a YAML value: {error.problem}", where=f"--set {text}") from None
-    for n in range(1, len(path) + 1):
-        lines[path[:n]] = f"--set {text}"
-    for key in reversed(path):
-        parsed = {key: parsed}
-    return parsed
 
 
 def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
