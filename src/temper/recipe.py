@@ -180,7 +180,7 @@ def load(
         RecipeError: an unknown key, profile or name (with the nearest known one and its line), a wrong type.
     """
     path = find(str(name))
-    lines: dict[KeyPath, str] = {}
+    lines: dict[KeyPath, str] = {(): str(path)}
     raw = overlay.read(path, lines, ())
     profiles = raw.pop("profiles", None) or {}
     if profile is not None:
@@ -309,7 +309,7 @@ def order(recipe: Recipe) -> list[str]:
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            raise RecipeError("stages read one another in a circle: " + " → ".join([*path, name]))
+            raise RecipeError("stages read one another in a circle: " + " → ".join([*path[path.index(name) :], name]))
         if name not in done:
             for needed in dependencies(recipe, name):
                 visit(needed, (*path, name))
