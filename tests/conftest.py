@@ -1,0 +1,61 @@
+"""Fixtures that several files share: a small finished run, made once however many processes test."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from staged_runs import ENVIRONMENT, Workshop, workshop
+
+RUN = """
+import sys, temper
+temper.run("detox-summarization", {"threads": 1}, profile="smoke", out=sys.argv[1], quiet=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, build)`: the path that `build` filled, by the first process that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, build: Callable[[Path], None]) -> Path:
+        path, mark = shared / name, shared / f"{name}.made"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                build(path)
+                mark.touch()
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def smoke_run(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A finished run folder of detox-summarization's smoke profile, one thread. Read it or copy it."""
+
+    def build(path: Path) -> None:
+        environment = {**os.environ, **ENVIRONMENT}
+        subprocess.run([sys.executable, "-c", RUN, str(path)], check=True, env=environment, timeout=300)
+
+    return once("smoke-run", build)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smoke_run: Path) -> Path:
+    """A folder with a small Llama and its tokenizer, pretrained for a few steps on Ukrainian sentences."""
+    return smoke_run / "tiny" / "model"
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Workshop]:
+    """Starts of Temper that cost no imports; see staged_runs."""
+    with workshop() as made:
+        yield made
