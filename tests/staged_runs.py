@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -225,17 +226,28 @@ def _served(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve() -> None:
-    import peft.tuners.lora  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from transformers import GenerationMixin, LlamaForCausalLM  # noqa: F401
-
-    import temper.app  # noqa: F401
-
     answers = os.fdopen(os.dup(1), "w")  # whatever is printed goes elsewhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _warm()
     for line in sys.stdin:
         answers.write(json.dumps(_served(json.loads(line))) + "\n")
         answers.flush()
+
+
+def _warm() -> None:
+    """Import all that a run imports on its way, by running one."""
+    import temper.app
+
+    short = {"max_steps": 1, "samples": 0}
+    small = {"corpus": {"take": 30}, "news": {"take": 40}, "tiny": {"max_steps": 1}, "sft": short}
+    with tempfile.TemporaryDirectory() as folder:
+        temper.app.run_recipe(
+            "detox-summarization",
+            profile="smoke",
+            overrides={"threads": 1, "stages": {**small, "compare": {"take": 2, "decoding": {"max_new_tokens": 2}}}},
+            out=Path(folder),
+            quiet=True,
+        )
 
 
 def weights(folder: Path) -> dict[str, str]:

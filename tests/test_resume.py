@@ -26,7 +26,7 @@ Once = Callable[[str, Callable[[Path], None]], Path]
 
 SFT = {
     "adapter": {"dropout": 0.1}, "batch_size": 4, "accumulation": 2, "precision": "bf16", "warmup": 0,
-    "schedule": "constant", "max_steps": 8, "evaluate_every": 2, "checkpoint_every": 2, "patience": 1, "samples": 1,
+    "schedule": "constant", "max_steps": 8, "evaluate_every": 2, "checkpoint_every": 2, "patience": 1, "samples": 0,
 }  # fmt: skip
 
 
@@ -118,10 +118,11 @@ def test_data_and_evaluation_die_at_every_moment(forks: Workshop, smoke_run: Pat
     assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 10
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_killed_from_outside_at_random_moments(forks: Workshop, once: Once, tmp_path: Path, seed: int) -> None:
     """From nothing to the evaluation, with `kill -9` every so often; as in life, nobody knows where it falls."""
-    overrides = {"stages": {"tiny": {"checkpoint_every": 2}, "sft": {"checkpoint_every": 2, "precision": "bf16"}}}
+    sft = {"checkpoint_every": 2, "precision": "bf16", "evaluate_every": 4, "samples": 1}
+    overrides = {"stages": {"tiny": {"checkpoint_every": 2}, "sft": sft}}
 
     def unkilled(path: Path) -> None:
         assert forks.run(path, overrides)["status"] == 0
@@ -129,7 +130,7 @@ def test_killed_from_outside_at_random_moments(forks: Workshop, once: Once, tmp_
     draw, folder, kills = random.Random(seed), tmp_path / "run", 0
     for _ in range(60):
         folder.mkdir(exist_ok=True)
-        ended = forks.run(folder, overrides, die_after=draw.uniform(0.1, 1.6))
+        ended = forks.run(folder, overrides, die_after=draw.uniform(0.1, 1.2))
         whole_stages(folder)
         if ended["status"] == 0:
             break
