@@ -1,0 +1,304 @@
+"""Everything that README.md and docs/recipes.md show is exercised, in the order of the page.
+
+What a reader would type runs as it stands, in a folder with the files that the page speaks of. Only what would install
+something, ask a hub or take minutes is mapped to its nearest quick relative, here in `Reader`; a command or a block
+that `Reader` does not know fails the test.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from ruamel.yaml import YAML
+
+from temper import recipe as recipes
+from temper.app import folder_of
+from temper.cli import app, main
+from temper.data import mini
+from temper.errors import RecipeError
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/recipes.md"]
+NEEDS_HUB = {"hub.yaml"}  # loaded and checked, not run
+LONG = "detox-summarization"  # asks the hub without a profile, takes minutes with `mini`: read as its smoke profile
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    where: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page.
+
+    Raises:
+        AssertionError: a fence that this file could overlook, such as an indented one.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [
+        Block(m[1], m[2], f"{page}:{text.count(chr(10), 0, m.start()) + 1}")
+        for m in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    ]
+    assert 2 * len(found) == len(re.findall(r"^\s*(?:```|~~~)", text, re.M)), f"{page}: a block that is not read"
+    return found
+
+
+class Reader:
+    """Does what a page says, in the current folder."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.recipe = ""  # the page's recipe, under its overlays
+        self.ran: set[str] = set()
+
+    def block(self, block: Block) -> None:
+        if block.language in {"bash", "console"}:
+            for line in block.text.splitlines():
+                if line.strip():
+                    self.command(line.removeprefix("$ "), block.where)
+        elif block.language == "yaml":
+            self.yaml(block)
+        elif block.language == "python":
+            exec(compile(block.text, block.where, "exec"), {"__name__": "page"})
+            for run in re.findall(r'out="([^"]+)"', block.text):
+                assert (Path(run) / "report" / "index.html").is_file(), self.capsys.readouterr().out
+        else:
+            pytest.fail(f"{block.where}: nobody knows how to exercise a block of «{block.language}»")
+
+    def command(self, line: str, where: str) -> None:
+        match shlex.split(line, comments=True):
+            case ["temper", *words]:
+                self.temper(words, where)
+            case ["make", target]:
+                check_make(target)
+            case ["pip", "install", *words] | ["uv", "pip", "install", *words]:
+                check_install(words)
+            case _:
+                pytest.fail(f"{where}: nobody knows how to exercise «{line}»")
+
+    def temper(self, words: list[str], where: str) -> str:
+        if words[:2] == ["run", LONG]:
+            words = ["run", LONG, "--profile", "smoke"]
+        if words[0] == "prune":
+            words = [*words, "--yes"]
+        code = main(words)
+        out, err = self.capsys.readouterr()
+        assert code == 0, f"{where}: temper {shlex.join(words)}\n{out}\n{err}"
+        assert out.strip()
+        if words[0] == "run":
+            self.ran.add(words[1])
+        if words[0] in {"run", "report"}:
+            page = Path(out.strip().splitlines()[-1].removeprefix("report: "))
+            assert "</html>" in page.read_text(encoding="utf-8")
+        if words[0] == "schema":
+            assert "stages" in json.loads(out)["properties"]
+        if words[0] == "new":
+            assert recipes.load(f"{words[1]}.yaml", profile="mini").name == words[1]
+        return out
+
+    def yaml(self, block: Block) -> None:
+        """A recipe is loaded with each of its profiles, an overlay is laid over it and run."""
+        name = re.match(r"# ([\w-]+\.yaml)\n", block.text)
+        assert name, f"{block.where}: the first line names the file"
+        file = Path(name[1])
+        file.write_text(block.text, encoding="utf-8")
+        raw = read(file)
+        if "name" in raw:
+            self.recipe = name[1]
+            for profile in [None, *raw.get("profiles", {})]:
+                recipes.load(file, profile=profile)
+        elif name[1] in NEEDS_HUB:
+            recipes.load(self.recipe, overlays=[file])
+        else:
+            self.temper(["run", self.recipe, "--config", name[1], "--out", f"runs/with-{file.stem}"], block.where)
+
+
+def read(file: Path) -> dict[str, Any]:
+    return YAML(typ="safe").load(file)
+
+
+def check_make(target: str) -> None:
+    """What the target would run: its programs are installed, its files are there, and Temper's part runs as `smoke`."""
+    shown = subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [shlex.split(line) for line in shown.splitlines()]
+    for words in commands:
+        words = [w for w in words if not re.match(r"[A-Z_]+=", w)]  # OMP_NUM_THREADS=1 pytest
+        if words[0].startswith(".venv/bin/"):
+            assert (Path(sys.executable).parent / Path(words[0]).name).is_file(), words[0]
+        for word in words[1:]:
+            if word.startswith("tests/") or word.endswith(".txt"):
+                assert (ROOT / word).is_file(), word
+        if words[0] == ".venv/bin/pip":
+            check_install(words[words.index("install") + 1 :])
+        if words[0] == ".venv/bin/temper":
+            check_quickstart(words[1:], shown)
+
+
+def check_quickstart(words: list[str], shown: str) -> None:
+    assert words == ["run", LONG, "--profile", "mini"]
+    mini_run, smoke_run = recipes.load(LONG, profile="mini"), recipes.load(LONG, profile="smoke")
+    report = f"{folder_of(mini_run, None).as_posix()}/report/index.html"
+    assert report in shown and report in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert list(mini_run.stages) == list(smoke_run.stages)  # so that the smoke profile stands for it
+    assert main([*words[:-1], "smoke"]) == 0
+
+
+def check_install(words: list[str]) -> None:
+    """What is installed is this checkout, with extras that it has; pip itself reads the line where it can build."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [word for word in words if word.startswith(".")]
+    assert len(wanted) == 1
+    extra = re.fullmatch(r"\.(?:\[(\w+)\])?", wanted[0])
+    assert extra and (extra[1] is None or extra[1] in project["optional-dependencies"])
+    if "-c" in words:
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
+    if importlib.util.find_spec("hatchling") and importlib.util.find_spec("pip"):
+        pip_reads(*(word for word in words if word != "-e"))  # editable metadata would need one package more
+
+
+@functools.cache
+def pip_reads(*words: str) -> None:
+    harmless = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *harmless, *words], cwd=ROOT, check=True)
+
+
+def write_files(folder: Path) -> None:
+    """The files that the pages speak of."""
+    news = list(mini.load("uk-news", split=None, rows=40, seed=3))
+    with open(folder / "answers.jsonl", "w", encoding="utf-8") as out:
+        for row in news:
+            out.write(json.dumps({"question": row["title"], "answer": row["summary"]}, ensure_ascii=False) + "\n")
+    with open(folder / "chats.jsonl", "w", encoding="utf-8") as out:
+        for row in news:
+            turns = [{"role": "user", "content": row["title"]}, {"role": "assistant", "content": row["summary"]}]
+            out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    with open(folder / "table.csv", "w", encoding="utf-8", newline="") as out:
+        table = csv.writer(out)
+        table.writerow(["question", "answer", "topic"])
+        table.writerows([r["title"], r["summary"], r["topic"]] for r in news)
+
+
+@pytest.fixture
+def folder(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader stands: a model, data, and the shipped recipe's smoke profile run already."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke_run, tmp_path / "runs" / f"{LONG}-smoke")
+    shutil.copytree(smoke_run / "tiny" / "model", tmp_path / "my-model")
+    (tmp_path / "my-model" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_files(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_that_a_page_shows(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reader = Reader(capsys)
+    for block in blocks(page):
+        reader.block(block)
+    own = {file.name for file in folder.glob("*.yaml") if "name" in read(file)} - {f"{LONG}.yaml"}
+    assert own and own <= reader.ran, "a recipe that the page shows and never runs"
+
+
+@pytest.mark.parametrize(
+    "text", ["bash\ncurl -O it", "bash\ntemper fly", "bash\npip install left-pad", "bash\nmake coffee", "toml\na = 1"]
+)
+def test_what_is_not_known_fails(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    language, _, body = text.partition("\n")
+    with pytest.raises((AssertionError, pytest.fail.Exception, subprocess.CalledProcessError)):
+        Reader(capsys).block(Block(language, body, "here"))
+
+
+def test_an_overlay_with_an_unknown_key_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reader = Reader(capsys)
+    reader.block(next(b for b in blocks("README.md") if b.language == "yaml"))
+    with pytest.raises(AssertionError, match="did you mean «lr»"):
+        reader.block(Block("yaml", "# wrong.yaml\nstages:\n  sft: {lrr: 1}\n", "here"))
+    with pytest.raises(RecipeError):
+        reader.block(Block("yaml", "# wrong.yaml\nname: wrong\nstages:\n  a: {stage: dat}\n", "here"))
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("page", "text"), pages())
+def test_links_lead_somewhere(page: str, text: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize(("page", "text"), pages())
+def test_commands_within_sentences_exist(page: str, text: str) -> None:
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}  # type: ignore[union-attr]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for program, word in re.findall(r"`(temper|make) ([a-z-]+)", text):
+        assert word in (commands if program == "temper" else targets), f"{page}: {program} {word}"
+
+
+def test_the_picture_is_small() -> None:
+    picture = (ROOT / "docs" / "picture" / "report.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) < 250_000
+
+
+def test_the_design_page_maps_the_package() -> None:
+    """Every module is in the map, and imports only what stands above it."""
+    package = ROOT / "src" / "temper"
+    listed = re.findall(r"^\| `([\w/.]+)` \|", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.M)
+
+    def place(module: str) -> int | None:
+        return next((k for k, x in enumerate(listed) if module == x or (x[-1] == "/" and module.startswith(x))), None)
+
+    for name in listed:
+        assert (package / name).exists(), f"{name} is in the map and not in the package"
+    for file in sorted(package.rglob("*.py")):
+        module = file.relative_to(package).as_posix()
+        if file.name == "__init__.py" and place(module) is None:
+            continue  # a folder's law; of the package itself, the door
+        here = place(module)
+        assert here is not None, f"{module} is not in the map"
+        for other in imported(file, package):
+            there = place(other)
+            assert there is None or there <= here, f"{module} imports {other}, which stands below it"
+
+
+def imported(file: Path, package: Path) -> Iterator[str]:
+    """Files of the package that a file imports, but for names of types alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "temper":
+            base = node.module.split(".")[1:]
+            for parts in [base, *([*base, alias.name] for alias in node.names)]:
+                with contextlib.suppress(ValueError, IndexError):
+                    for path in (
+                        package.joinpath(*parts[:-1], f"{parts[-1]}.py"),
+                        package.joinpath(*parts, "__init__.py"),
+                    ):
+                        if path.is_file():
+                            yield os.path.relpath(path, package).replace(os.sep, "/")
