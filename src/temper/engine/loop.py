@@ -244,6 +244,7 @@ class Loop:
 
     def _validate(self) -> None:
         value, step = self.validation_loss(), self.state["step"]
+        tripwires.check_validation(value, step, str(self.root))
         best = self.state["best"] is None or value < self.state["best"]
         self._log({"step": step, "validation_loss": value, "best": best})
         if best:

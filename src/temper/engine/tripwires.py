@@ -42,6 +42,15 @@ def check_loss(value: float, step: int, origins: Sequence[str], checkpoints: str
     )
 
 
+def check_validation(value: float, step: int, checkpoints: str) -> None:
+    """Stop at weights that score no number: they must neither count as the best nor be trained on."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the validation loss after step {step} is {value}",
+            do=f"lower lr, or use precision: float32 or bf16. The last good checkpoint is kept in {checkpoints}",
+        )
+
+
 def check_gradient(norm: float, step: int) -> None:
     """Stop when nothing can be learnt, or everything would be lost."""
     if norm == 0 and step == 1:
