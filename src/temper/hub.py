@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,13 @@ def _commit(repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     def fetch(offline: bool) -> str:
+        if not offline:  # asked once: a download would try for half a minute where there is no network
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json", revision=revision), timeout=10)
         path = hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline)
         return Path(path).parent.name  # …/snapshots/COMMIT/config.json
 
     try:
-        return fetch(offline=False)
+        return fetch(False)
     except errors.GatedRepoError:
         raise ModelError(
             f"{repo} is gated: its authors ask you to accept a licence",
@@ -121,20 +124,21 @@ def _commit(repo: str, revision: str | None) -> str:
         ) from None
     except (errors.EntryNotFoundError, errors.HFValidationError) as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
-            return _from_cache(repo, fetch)
+            return _from_cache(repo, fetch, error)
         raise ModelError(
             f"«{repo}» is no model that can be loaded: {error}", do="a model is a folder or a hub id such as org/name"
         ) from None
-    except (OSError, RuntimeError):  # no network: whatever the HTTP library raises
-        return _from_cache(repo, fetch)
+    except Exception as error:  # no network: whatever the HTTP library raises
+        return _from_cache(repo, fetch, error)
 
 
-def _from_cache(repo: str, fetch: functools.partial[str] | object) -> str:
+def _from_cache(repo: str, fetch: Callable[[bool], str], error: Exception) -> str:
     try:
-        return fetch(offline=True)  # type: ignore[operator]
+        return fetch(True)
     except Exception:
         raise ModelError(
             f"the hub cannot be reached, and «{repo}» is not in the local cache",
+            where=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}",
             do="connect, or download the model elsewhere and name its folder instead (--set model=PATH)",
         ) from None
 

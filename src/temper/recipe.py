@@ -193,7 +193,7 @@ def load(
         raw = overlay.merge(raw, profiles[profile] or {})
     for file in overlays or []:
         if not file.is_file():
-            raise RecipeError(f"there is no file {file}", where="--config")
+            raise RecipeError(f"there is no file {file}", where="--config", do="check the path")
         extra = overlay.read(file, lines, ())
         extra.pop("profiles", None)
         raw = overlay.merge(raw, extra)
