@@ -54,6 +54,9 @@ def head_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     name = next(n for n, child in model.named_children() if child is model.base_model or n in names)
     twin = object.__new__(type(model))
     twin.__dict__.update(model.__dict__)
+    twin.__dict__.pop(
+        "forward", None
+    )  # put on the instance by others (accelerate, TRL), it would be bound to the original
     twin._modules = {**model._modules, name: _HandThrough(model._modules[name])}  # type: ignore[arg-type]
     for key, value in model.__dict__.items():  # hooks of its own, so that FSDP's do not run twice
         if key.endswith("_hooks") and isinstance(value, dict):
@@ -73,6 +76,7 @@ class Policy(nn.Module):
         super().__init__()
         self.hf = hf
         self.layout: Layout = layout
+        self.train(hf.training)
 
     @property
     def inner(self) -> PreTrainedModel:
