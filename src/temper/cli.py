@@ -66,14 +66,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-            return 1
-        line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        terminal.tell(
-            f"this is a defect of Temper, not of your recipe: {line}",
-            do="run the same command with --debug to see where; finished stages stay",
-        )
+        else:
+            terminal.tell(*_unforeseen(error))
         return 1
     return 0
+
+
+def _unforeseen(error: Exception) -> tuple[str, str, str]:
+    """(what, where, do) of an error that is not Temper's own."""
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is not imported here
+        advice = (
+            "lower micro_tokens (batch_size in evaluate), or set activation_checkpointing: true; finished stages stay"
+        )
+        return "there is not enough memory", line, advice
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror, str(error.filename or ""), "check the path and who may write there; finished stages stay"
+    do = "run the same command with --debug to see where; finished stages stay"
+    return f"this is a defect of Temper, not of your recipe: {line}", "", do
 
 
 def spread(words: Sequence[str]) -> list[str]:
@@ -286,7 +296,7 @@ def prune(
     """Delete results that were set aside. A run folder keeps them as STAGE@KEY."""
     import shutil
 
-    from temper.run import RunFolder
+    from temper.runfolder import RunFolder
 
     if not (folder / "manifest.json").is_file():
         raise RunError(f"{folder} is no run folder", do="name the folder that `temper run` wrote, such as runs/NAME")
@@ -336,7 +346,7 @@ def _stoppable() -> Iterator[list[Path]]:
 
 def _stopped_at(work: list[Path]) -> str:
     """From where the same command would go on."""
-    from temper.run import read_json
+    from temper.runfolder import read_json
 
     try:
         entries = read_json(work[0] / "manifest.json")["stages"]

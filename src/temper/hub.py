@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from temper.errors import ModelError, nearest
-from temper.run import file_sha256
+from temper.runfolder import file_sha256
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from temper import hub
 from temper import recipe as recipes
 from temper.recipe import Recipe
-from temper.run import Result, read_json, write_json
+from temper.runfolder import Result, read_json, write_json
 
 
 class Log:

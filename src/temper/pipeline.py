@@ -24,7 +24,7 @@ from temper.job import Job, Log
 from temper.manifest import PeakMemory
 from temper.manifest import manifest as manifest_of
 from temper.recipe import Recipe, Stage
-from temper.run import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
+from temper.runfolder import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
 
 
 def settings(stage: Stage) -> dict[str, Any]:
@@ -59,6 +59,10 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
         "trust_remote_code": recipe.trust_remote_code,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+# safetensors, tokenizers and pyarrow wrap the system's error in their own; numpy counts what it could not write
+FULL_SIGNS = ("No space left", "File too large", *(f"os error {n}" for n in DISK_FULL), "requested and 0 written")
 
 
 @dataclasses.dataclass
@@ -105,7 +109,7 @@ def run(
     choice = choice or Choice()
     choice.check(recipe)
     target = RunFolder(folder)
-    with target.locked():
+    with disk_errors(folder), target.locked():
         log = Log(folder / "pipeline.log", quiet=quiet)
         began = time.perf_counter()
         order = choice.wanted(recipe)
@@ -198,14 +202,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """A full disk, told as such; whatever library met it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in DISK_FULL or "No space left" in str(error) or "File too large" in str(error):
-            raise _full(folder, error) from error
+    except TemperError:
         raise
-    except Exception as error:  # safetensors and pyarrow wrap the system's error in their own
-        if type(error).__name__ in {"SafetensorError", "ArrowException"} and (
-            "os error 28" in str(error) or "os error 27" in str(error)
-        ):
+    except Exception as error:
+        if getattr(error, "errno", None) in DISK_FULL or any(sign in str(error) for sign in FULL_SIGNS):
             raise _full(folder, error) from error
         raise
 

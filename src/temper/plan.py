@@ -16,7 +16,7 @@ from temper.errors import TemperError
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
 from temper.recipe import Recipe
-from temper.run import Result, RunFolder, read_json
+from temper.runfolder import Result, RunFolder, read_json
 
 CACHED, RUNS, GOES_ON, STOPS = "cached", "runs", "goes on", "stops"
 SHOWN = 4  # changed keys named in full

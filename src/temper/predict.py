@@ -18,7 +18,7 @@ from temper.engine.loop import Training
 from temper.errors import TemperError
 from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe
-from temper.run import Result, RunFolder, read_json
+from temper.runfolder import Result, RunFolder, read_json
 from temper.shapes import Rows, Size
 from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate

@@ -172,7 +172,7 @@ def load(
     Args:
         name: a file or a shipped name.
         profile: which of `profiles` to merge over it.
-        overlays: YAML files of the recipe's own shape, merged in turn.
+        overlays: YAML files of the recipe's own shape, merged in turn; each may extend the chosen profile too.
         sets: `a.b=c` assignments; `sft.lr=1e-4` is short for `stages.sft.lr=1e-4`.
         overrides: a nested dictionary of the recipe's own shape, merged last (for use from Python).
 
@@ -195,8 +195,8 @@ def load(
         if not file.is_file():
             raise RecipeError(f"there is no file {file}", where="--config", do="check the path")
         extra = overlay.read(file, lines, ())
-        extra.pop("profiles", None)
-        raw = overlay.merge(raw, extra)
+        own = (extra.pop("profiles", None) or {}).get(profile)
+        raw = overlay.merge(overlay.merge(raw, extra), own or {})
     for text in sets or []:
         raw = overlay.merge(raw, overlay.assignment(text, raw, lines, tuple(Top.model_fields)))
     if overrides:

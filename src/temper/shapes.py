@@ -21,7 +21,7 @@ from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.models.scores import CHUNK_LOGITS
 from temper.recipe import Recipe
-from temper.run import Result, read_json
+from temper.runfolder import Result, read_json
 from temper.stages.data import TEMPLATES, Data
 from temper.stages.pretrain import Pretrain, fresh
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from temper.run import checksums, damage, read_json, sync_folder, write_json
+from temper.runfolder import checksums, damage, read_json, sync_folder, write_json
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -27,7 +27,7 @@ from temper.job import Job
 from temper.losses import Terms
 from temper.models.scores import Policy
 from temper.recipe import Config, detail
-from temper.run import write_atomic
+from temper.runfolder import write_atomic
 from temper.trees import Row, Tree, rows_of
 
 Loss = Callable[[torch.Tensor, torch.Tensor], Terms]
@@ -53,7 +53,7 @@ class Training(Config):
     schedule: str = detail("cosine", "cosine, linear or constant; see `temper list schedules`.")
     warmup: float = detail(0.03, "Warm-up: steps, or a share of them when below 1.", ge=0)
     weight_decay: float = detail(0.0, "Decoupled weight decay of matrices.", ge=0)
-    clip: float | None = detail(1.0, "Largest gradient norm; null: none.", gt=0)
+    clip: float = detail(1.0, "Largest gradient norm; 0: no clipping.", ge=0)
     precision: Precision = detail(
         "auto", "float32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it, else float32."
     )

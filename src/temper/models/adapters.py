@@ -15,7 +15,7 @@ from temper import hub
 from temper.errors import ModelError, nearest
 from temper.models import load
 from temper.recipe import Config
-from temper.run import write_json
+from temper.runfolder import write_json
 
 
 class Adapter(Config):

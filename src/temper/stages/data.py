@@ -15,7 +15,7 @@ from temper.data.split import Splits, leaks, split
 from temper.job import Job
 from temper.models import load
 from temper.recipe import ModelRef, Stage, detail, stages
-from temper.run import write_json
+from temper.runfolder import write_json
 from temper.types import Record
 
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label")

@@ -22,7 +22,7 @@ from temper.models import adapters, load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.fallback import Decoding, generate
-from temper.run import read_json, write_json
+from temper.runfolder import read_json, write_json
 from temper.stages.sft import fingerprint, format_of, tree_of
 from temper.stages.training import settle
 from temper.trees import rows_of
@@ -151,6 +151,11 @@ class Evaluate(Stage):
                 t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
             ]
             out["ended"] = [a.ended for a in answers]
+            if (cut := out["ended"].count(False)) > len(answers) / 2:
+                job.warn(
+                    f"{cut} of {len(answers)} answers of {name} were cut by max_new_tokens "
+                    f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
+                )
         if metrics.needs_likelihood(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
             out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
