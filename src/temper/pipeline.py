@@ -62,7 +62,7 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
 
 
 # safetensors, tokenizers and pyarrow wrap the system's error in their own; numpy counts what it could not write
-FULL_SIGNS = ("No space left", "File too large", *(f"os error {n}" for n in DISK_FULL), "requested and 0 written")
+FULL_SIGNS = ("No space left", "File too large", *(f"os error {n}" for n in DISK_FULL), "requested and")
 
 
 @dataclasses.dataclass

@@ -163,6 +163,8 @@ class RunFolder:
         problem = None
         for folder in (self.path / name, self.path / f"{name}@{key[:SHORT]}", self.partial(name)):
             info = self._info(folder)
+            if info is None and folder == self.path / name and folder.is_dir():
+                problem = f"stage {name} was damaged after it was written (stage.json cannot be read); it runs again"
             if info is None or info.get("key") != key:
                 continue
             if self._verified.get(name) != key:
@@ -265,6 +267,7 @@ class RunFolder:
     @staticmethod
     def _info(folder: Path) -> dict[str, Any] | None:
         try:
-            return read_json(folder / "stage.json")
+            info = read_json(folder / "stage.json")
         except (OSError, ValueError):
             return None
+        return info if isinstance(info, dict) and {"key", "files"} <= info.keys() else None
