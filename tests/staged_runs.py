@@ -274,6 +274,15 @@ def copy_stages(source: Path, target: Path, *names: str) -> Path:
     return target
 
 
+def whole_stages(folder: Path) -> None:
+    """Whatever stands under a stage's own name is complete."""
+    from temper.runfolder import damage, read_json
+
+    for path in folder.iterdir():
+        if path.is_dir() and "." not in path.name and path.name != "report":
+            assert damage(path, read_json(path / "stage.json")["files"]) is None
+
+
 @contextlib.contextmanager
 def workshop() -> Iterator[Workshop]:
     made = Workshop()

@@ -290,6 +290,18 @@ def test_debug_shows_the_traceback_of_an_error(tmp_path: Path, temper: Callable[
         assert ended.code == 1 and "Traceback" in ended.err and "there is no recipe «nothing»" in ended.err
 
 
+def test_lack_of_memory_and_of_rights_are_no_defects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temper: Callable[..., Ended]
+) -> None:
+    def full(folder: Path) -> list[doctor.Check]:
+        raise MemoryError
+
+    monkeypatch.setattr(doctor, "examine", full)
+    assert_short_error(temper("doctor"), "not enough memory", "micro_tokens")
+    (tmp_path / "file").touch()
+    assert_short_error(temper("run", *SMOKE, "--out", tmp_path / "file" / "run"), "run folder", "--out")
+
+
 def test_a_defect_is_told_as_one(monkeypatch: pytest.MonkeyPatch, temper: Callable[..., Ended]) -> None:
     def broken(folder: Path) -> list[doctor.Check]:
         raise ZeroDivisionError("by hand")

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights
-from temper.run import damage, read_json
+from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, whole_stages
+from temper.runfolder import read_json
 
 Once = Callable[[str, Callable[[Path], None]], Path]
 
@@ -41,13 +41,6 @@ def same(folder: Path, reference: Path) -> None:
         assert set(mine["files"]) == set(other["files"])
         for key in set(other) - {"files", "seconds", "peak_memory_bytes", "bytes_on_disk", "summary"}:
             assert mine[key] == other[key], f"{stage.name}: {key}"
-
-
-def whole_stages(folder: Path) -> None:
-    """Whatever stands under a stage's own name is complete."""
-    for path in folder.iterdir():
-        if path.is_dir() and "." not in path.name and path.name != "report":
-            assert damage(path, read_json(path / "stage.json")["files"]) is None
 
 
 def die_at_each(forks: Workshop, moments: list[str], start: Callable[[str], Path], unkilled: Path, **how: Any) -> int:
@@ -85,7 +78,7 @@ def started(smoke_run: Path, tmp_path: Path, *stages: str) -> Callable[[str], Pa
 def test_sft_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """Dropout, accumulation, bf16, the best weights kept, early stopping; an older result to be set aside."""
     start = started(smoke_run, tmp_path, "corpus", "tiny", "news", "sft")
-    for lr in (0.1, 1.0, 0.05, 0.02, 0.01):
+    for lr in (0.1, 1.0, 0.3, 0.05, 0.03, 0.02, 0.01):
         how: dict[str, Any] = {"overrides": {"stages": {"sft": {**SFT, "lr": lr}}}, "only": ["sft"]}
         unkilled = start(f"unkilled-{lr}")
         moments = reference(forks, unkilled, **how)
