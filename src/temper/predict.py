@@ -128,9 +128,10 @@ class Predictor:
         work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
         memory = self.floor + 4 * size.parameters + 12 * trained + work
         if before is not None and before["tokens"] and before["parameters"]:
-            if before["parameters"] >= size.parameters:
+            every = size.parameters + trained * bool(adapter)
+            if before["parameters"] >= every:
                 memory = max(memory, before["peak_memory_bytes"] or 0)
-            rate = before["tokens"] / before["seconds"] * before["parameters"] / size.parameters
+            rate = before["tokens"] / before["seconds"] * before["parameters"] / every
             seconds, basis = tokens / rate, f"{rate:,.0f} tokens/s of an earlier result"
         else:
             precision = devices.precision(stage.precision, self.device)

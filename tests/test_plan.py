@@ -1,0 +1,99 @@
+"""Predictions against what really was: sizes, arithmetic, rows and the tokens of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import temper.stages  # noqa: F401  fills the registry
+from temper import plan, recipe, shapes
+from temper.hub import Source, bytes_to_fetch
+from temper.pipeline import Choice
+from temper.predict import Cost, Predictor
+from temper.runfolder import RunFolder
+from temper.stages.pretrain import Pretrain, Shape, fresh
+
+
+@pytest.fixture
+def smoke() -> recipe.Recipe:
+    return recipe.load("detox-summarization", profile="smoke", sets=["threads=1"])
+
+
+def info(run: Path, stage: str) -> dict:
+    return json.loads((run / stage / "stage.json").read_text())
+
+
+def test_sizes_are_those_of_the_models_that_were_made(smoke: recipe.Recipe, smoke_run: Path) -> None:
+    size = Predictor(smoke, RunFolder(Path("nowhere"))).size("base")
+    assert size is not None and size.parameters == info(smoke_run, "tiny")["parameters"]
+    assert size.adapter(16) == info(smoke_run, "sft")["trainable_parameters"]
+    assert shapes.size_of_source(Source(str(smoke_run / "sft" / "model"))) == size  # the same from a folder
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_arithmetic_against_torch_own_count(adapter: bool) -> None:
+    stage = Pretrain(data="x", shape=Shape(vocabulary=900, hidden=64, layers=3, heads=4, context=128))
+    size = shapes.size_of_pretrained(stage)
+    model = fresh(stage.shape, shapes._Vocabulary(900), seed=0)
+    model.set_attn_implementation("eager")  # whose products torch can count
+    model.requires_grad_(not adapter)
+    embedded = torch.randn(2, 128, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded, labels=torch.zeros(2, 128, dtype=torch.long)).loss.backward()
+    counted = counter.get_total_flops() / 256
+    ours = shapes.training_flops(
+        size, scored=1.0, adapter=adapter, head_trained=not adapter, width=128, recompute=False
+    )
+    assert ours == pytest.approx(counted, rel=0.02)
+
+
+def test_rows_are_predicted_from_a_look_at_the_source(smoke: recipe.Recipe, smoke_run: Path) -> None:
+    fresh_start = Predictor(smoke, RunFolder(Path("nowhere"))).rows("news")
+    card = json.loads((smoke_run / "news" / "card.json").read_text())
+    assert fresh_start is not None and fresh_start.splits == pytest.approx(card["splits"], rel=0.05)
+    known = Predictor(smoke, RunFolder(smoke_run))
+    known.known["news"] = RunFolder(smoke_run).peek("news")  # type: ignore[assignment]
+    rows = known.rows("news")
+    assert rows is not None and rows.splits == card["splits"]
+    lengths = card["lengths"]["train"]
+    assert lengths["prompt"]["unit"] == "tokens"
+    assert rows.tokens == lengths["prompt"]["median"] + lengths["completion"]["median"]
+
+
+def test_tokens_and_disk_are_near_what_they_were(smoke: recipe.Recipe, smoke_run: Path, tmp_path: Path) -> None:
+    for step in plan.make(smoke, tmp_path / "new", Choice()):
+        true = info(smoke_run, step.name)
+        if true["tokens"]:
+            assert true["tokens"] / 2 < (step.cost.tokens or 0) < true["tokens"] * 2, step.name
+        assert step.cost.seconds is not None and step.cost.memory_bytes and step.cost.download_bytes == 0
+
+
+def test_an_earlier_result_tells_more_than_shapes(smoke: recipe.Recipe, smoke_run: Path) -> None:
+    for name in ("tiny", "sft"):
+        cost, true = Predictor(smoke, RunFolder(smoke_run)).cost(name), info(smoke_run, name)
+        assert cost.tokens == pytest.approx(true["tokens"]) and cost.seconds == pytest.approx(true["seconds"])
+    cost, true = Predictor(smoke, RunFolder(smoke_run)).cost("compare"), info(smoke_run, "compare")
+    assert cost.seconds == pytest.approx(true["seconds"], rel=0.01)
+
+
+def test_a_data_set_of_the_hub_is_assumed_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("temper.predict.bytes_to_fetch", lambda *_: None)
+    loaded = recipe.load("detox-summarization")
+    cost = Predictor(loaded, RunFolder(Path("nowhere"))).cost("news")
+    assert cost.download_bytes is None and "assumed" in cost.basis
+    assert bytes_to_fetch("not an id", None, "model") is None
+
+
+def test_totals_are_unknown_where_a_part_is() -> None:
+    def step(state: str, **cost: float) -> plan.Step:
+        return plan.Step("a", "sft", state, "", Cost(**cost))
+
+    known = step("runs", seconds=2.0, memory_bytes=5.0, download_bytes=0.0, disk_bytes=1.0)
+    more = dataclasses.replace(known, cost=Cost(seconds=3.0, memory_bytes=4.0, download_bytes=None, disk_bytes=1.0))
+    total = plan.total([known, more, step("cached")])
+    assert (total.seconds, total.memory_bytes, total.download_bytes, total.disk_bytes) == (5.0, 5.0, None, 2.0)
