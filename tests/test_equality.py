@@ -1,4 +1,4 @@
-"""The tree pass, the loop and adapters against transformers, PEFT and TRL on the same rows."""
+"""Cuts, neighbours, adapters and dropout, against transformers and PEFT on the same rows. See also test_scores.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from temper.errors import ModelError
 from temper.hub import Source, identity
 from temper.job import Job, Log
 from temper.losses import nll
-from temper.models import adapters, load, scores
+from temper.models import adapters, load
 from temper.models.adapters import Adapter
-from temper.models.scores import Policy, prove
+from temper.models.scores import Policy
 from temper.trees import Node, Tree, chain, flatten, join, pack, rows_of, split, stack
 
 BASE: dict[str, Any] = dict(
@@ -32,47 +32,8 @@ MIXED = ["sliding_attention", "full_attention"] * 2
 
 TREES: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**GQA),
-    "qwen2": lambda: tf.Qwen2Config(**GQA),
-    "qwen2 mixed": lambda: tf.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=8, max_window_layers=2),
-    "qwen3": lambda: tf.Qwen3Config(**GQA, head_dim=16),
-    "gemma2": lambda: tf.Gemma2Config(**GQA, head_dim=16, sliding_window=8),
     "gemma3": lambda: tf.Gemma3TextConfig(**GQA, head_dim=16, sliding_window=8, layer_types=MIXED),
-    "mistral": lambda: tf.MistralConfig(**GQA, sliding_window=8),
     "gpt2": lambda: tf.GPT2Config(vocab_size=128, n_embd=64, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**BASE),
-    "opt": lambda: tf.OPTConfig(
-        vocab_size=128,
-        hidden_size=64,
-        num_hidden_layers=3,
-        ffn_dim=96,
-        num_attention_heads=4,
-        word_embed_proj_dim=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        dropout=0.0,
-    ),
-    "phi3": lambda: tf.Phi3Config(**GQA),
-    "olmo2": lambda: tf.Olmo2Config(**GQA),
-    "cohere2": lambda: tf.Cohere2Config(**GQA, sliding_window=8, layer_types=MIXED, logit_scale=0.7),
-    "granite": lambda: tf.GraniteConfig(**GQA, logits_scaling=2.0, embedding_multiplier=3.0),
-    "mixtral": lambda: tf.MixtralConfig(**GQA, num_local_experts=4),
-}
-PADDED: dict[str, Callable[[], Any]] = {
-    "bloom": lambda: tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
-    "mpt": lambda: tf.MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4),
-    "gpt_neo": lambda: tf.GPTNeoConfig(
-        vocab_size=128,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=8,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
-    "mamba": lambda: tf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2),
-    "lfm2": lambda: tf.Lfm2Config(**GQA),
 }
 
 
@@ -121,64 +82,11 @@ def gradients(model: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal to 1e-5 of the largest log-probability: float32 rounds sums of another order so."""
-    return float((got - expected).detach().abs().max()) < 1e-5 * max(1.0, float(expected.detach().abs().max()))
-
-
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Norm of the difference of two gradients over the norm of the second."""
     assert a.keys() == b.keys()
     gap = sum(float((a[n] - b[n]).double().pow(2).sum()) for n in a)
     return math.sqrt(gap / sum(float(g.double().pow(2).sum()) for g in b.values()))
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_the_tree_pass_is_the_separate_pass(name: str) -> None:
-    model, trees = made(TREES[name]()), forest()
-    policy = Policy(model)
-    assert prove(policy, length=64)["layout"] == "tree"
-    weight = torch.linspace(0.5, 1.5, sum(len(t.tgt) for t in trees))
-    expected = separately(model, trees)
-    wanted = gradients(model, (expected * weight).sum())
-    assert float(expected.detach().std()) > 0.3  # otherwise agreement would mean nothing
-    for row in (join(trees), stack([[trees[0]], [trees[1]]])):
-        got = policy(row)
-        assert close(got, expected)
-        assert apart(gradients(model, (got * weight).sum()), wanted) < 1e-5
-    policy.layout = "padded"
-    got = policy(join(trees))
-    assert close(got, expected)
-    assert apart(gradients(model, (got * weight).sum()), wanted) < 1e-5
-
-
-@pytest.mark.parametrize("name", PADDED)
-def test_models_that_cannot_take_trees_are_padded(name: str) -> None:
-    model, trees = made(PADDED[name]()), forest()
-    policy = Policy(model)
-    assert prove(policy, length=64)["layout"] == "padded"
-    with torch.no_grad():
-        assert torch.allclose(policy(join(trees)), separately(model, trees), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
-def test_the_probe_alone_finds_row_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence 26: were its kind not on the list, the numbers would tell."""
-    monkeypatch.setattr(scores, "refuses_trees", lambda model: None)
-    assert prove(Policy(made(PADDED[name]())), length=64)["layout"] == "padded"
-
-
-def test_eager_attention_checkpointing_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    trees = forest()
-    model = made(TREES["gemma3"]())
-    expected = separately(model, trees)
-    wanted = gradients(model, expected.sum())
-    model.set_attn_implementation("eager")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    monkeypatch.setattr(scores, "CHUNK_LOGITS", 128 * 5)  # five positions at a time
-    got = Policy(model).train()(join(trees))
-    assert close(got, expected)
-    assert apart(gradients(model, got.sum()), wanted) < 1e-5
 
 
 def examples(n: int = 12, seed: int = 1) -> tuple[list[list[int]], list[list[float]]]:
@@ -227,39 +135,6 @@ def test_sft_loss_and_gradients_are_those_of_labels_however_the_batch_is_cut(tmp
         model.zero_grad(set_to_none=True)
         assert loss == pytest.approx(out.loss.item(), rel=1e-6)
         assert apart(got, wanted) < 1e-5
-
-
-def test_sft_loss_is_trls(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    import temper.stages  # noqa: F401
-
-    model = made(TREES["llama"]())
-    ids, weights = examples(6)
-    data = Dataset.from_dict({"input_ids": ids, "completion_mask": [[int(x) for x in w] for w in weights]})
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=__import__("tokenizers").Tokenizer(__import__("tokenizers").models.BPE()),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=6,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        completion_only_loss=True,
-        max_length=None,
-    )
-    trainer = trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    with torch.no_grad():
-        theirs = trainer.compute_loss(model.eval(), dict(batch), num_items_in_batch=None).item()
-    trees = [chain(i, w) for i, w in zip(ids, weights, strict=True)]
-    loop = looped(tmp_path, model, trees)
-    ours = loop.gradients(loop.batches.rows(0))
-    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_neighbours_in_a_row_do_not_see_each_other() -> None:
@@ -330,6 +205,15 @@ def test_an_adapter_begins_as_nothing_merges_exactly_and_is_pefts(tmp_path: Path
     merged, change = adapters.merged(model)
     assert change > 0
     assert torch.allclose(Policy(merged)(row), tuned, atol=1e-5, rtol=1e-5)
+
+
+def test_a_forward_put_on_the_instance_is_not_the_heads() -> None:
+    """TRL and accelerate put a bound `forward` on the model; the head would run the whole model with it."""
+    model = made(TREES["llama"]())
+    row = join(forest())
+    before = Policy(model)(row)
+    model.forward = model.forward
+    assert torch.equal(Policy(model)(row), before)
 
 
 def test_targets_that_match_nothing_name_what_there_is() -> None:
