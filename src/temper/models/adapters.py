@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from temper import hub
 from temper.errors import ModelError, nearest
@@ -48,6 +49,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
         target_modules=adapter.targets,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
+        # GPT-2 keeps its matrices transposed; PEFT finds that out by itself too, with a warning
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         task_type="CAUSAL_LM",
     )
     try:
