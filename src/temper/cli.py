@@ -383,6 +383,8 @@ def _show_plan(recipe: Recipe, folder: Path, steps: Sequence[Step], total: Cost)
             terminal.say(f"  figures from {step.cost.basis}")
     if any(step.cost.basis for step in steps):
         terminal.say("\nThese figures are predictions: nothing was run. –: cannot be told beforehand.")
+        if os.getloadavg()[0] > (os.cpu_count() or 1):
+            terminal.say("This machine is busy with other work: the speed measured just now is lower than it can be.")
 
 
 def _figures(cost: Cost) -> tuple[str, ...]:

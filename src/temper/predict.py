@@ -28,6 +28,7 @@ from temper.stages.pretrain import Pretrain
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
 EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
 STEP_SECONDS = 0.002  # Python's share of decoding one token of a batch, and again for every layer
+FRAGMENTED = 4  # a CPU's allocator keeps several times what is live when shapes vary: 3 to 8 times were seen
 LOAD_SECONDS = 2.0  # of any stage with a model: loading it and proving its layout
 
 
@@ -126,7 +127,8 @@ class Predictor:
         saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or stage.merge)
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
         work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
-        memory = self.floor + 4 * size.parameters + 12 * trained + work
+        held = work * (FRAGMENTED if self.device.type == "cpu" else 1)
+        memory = self.floor + 4 * size.parameters + 12 * trained + held
         if before is not None and before["tokens"] and before["parameters"]:
             every = size.parameters + trained * bool(adapter)
             if before["parameters"] >= every:
