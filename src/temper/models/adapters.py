@@ -114,11 +114,13 @@ def merged(model: PeftModel) -> tuple[PreTrainedModel, float]:
     Raises:
         ModelError: the merge changed nothing, which would ship the base under another name.
     """
-    touched = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
-    before = [m.get_base_layer().weight.detach().clone() for m in touched]  # type: ignore[operator, union-attr]
-    layers = [m.get_base_layer() for m in touched]  # type: ignore[operator]
+    # (module, name of its tensor): experts of a mixture are one parameter with a name of its own
+    touched: list[Any] = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    places = [(m.get_base_layer(), getattr(m, "parameter_name", "weight")) for m in touched]
+    before = [getattr(layer, name).detach().clone() for layer, name in places]
     out = model.merge_and_unload(safe_merge=True)
-    change = max(((layer.weight - old).norm() / old.norm()).item() for layer, old in zip(layers, before, strict=True))  # type: ignore[union-attr, operator]
+    after = (getattr(layer, name) for layer, name in places)
+    change = max(((new - old).norm() / old.norm()).item() for new, old in zip(after, before, strict=True))
     if change == 0:
         raise ModelError(
             "merging changed nothing: the merged model would be its base",
