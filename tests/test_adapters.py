@@ -121,12 +121,19 @@ def test_the_update_is_alpha_over_r_times_b_a(base: hub.Source) -> None:
         assert torch.allclose(layer.base_layer.weight.double(), by_hand, atol=1e-6)
 
 
-def test_gpt2_and_its_transposed_layers(tmp_path: Path) -> None:
-    base = folder_of(build("gpt2"), tmp_path / "base")
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral", "qwen3_moe"])
+def test_other_kinds_of_layers(family: str, tmp_path: Path) -> None:
+    """GPT-2's matrices are transposed, a mixture's experts are one parameter; both are adapted, saved and merged."""
+    base = folder_of(build(family), tmp_path / "base")
     model = adapters.attach(load.model(base)[0], Adapter(r=4), seed=0)
+    assert family in {"gpt2", "gemma3"} or any("experts" in n for n, p in model.named_parameters() if p.requires_grad)
     train(model)
     expected = logits(model)
-    assert torch.allclose(logits(adapters.merged(model)[0]), expected, atol=1e-5)
+    adapters.save(model, tmp_path / "adapter", base, stage=None, identity=hub.identity(base))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name), str(tmp_path / "adapter"))
+    assert torch.allclose(logits(theirs), expected, atol=1e-6)
+    assert torch.allclose(logits(adapters.merged(model)[0]), expected, atol=2e-5)
 
 
 def test_a_merge_that_changes_nothing_is_refused(base: hub.Source) -> None:
