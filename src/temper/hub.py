@@ -43,6 +43,8 @@ def locate(name: str, folder: Path) -> Source:
     for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if candidate.is_dir():
             _check_folder(candidate)
+            if not (candidate / "config.json").is_file():
+                return _adapter(candidate.resolve())
             return Source(str(candidate.resolve()))
         if candidate.is_file():
             raise ModelError(
@@ -62,6 +64,30 @@ def identity(source: Source) -> str:
     """What the content is: a hash of a folder's files, or a hub id at its commit; adapters included."""
     own = _folder_hash(source.name) if source.local else f"{source.name}@{source.revision}"
     return "+".join([own, *(_folder_hash(a) for a in source.adapters)])
+
+
+def _adapter(folder: Path) -> Source:
+    """A folder with an adapter → its base, and the adapter on it.
+
+    Raises:
+        ModelError: the base is not named, or not there.
+    """
+    note = folder / "temper.json"
+    if note.is_file():
+        base = json.loads(note.read_text(encoding="utf-8"))["base"]
+        beside = folder.parent.parent / (base["stage"] or "") / "model"  # a run folder may have been moved
+        name = str(beside) if base["stage"] and beside.is_dir() else base["name"]
+        found = Source(name, base["revision"], tuple(base["adapters"]))
+    else:  # another tool's
+        found = Source(read_config(str(folder), "adapter_config.json").get("base_model_name_or_path") or "")  # type: ignore[arg-type]
+        if not found.name:
+            raise ModelError(
+                f"the adapter {folder} does not say on which base it was trained",
+                do="name its base in base_model_name_or_path of adapter_config.json",
+            )
+    if not found.revision:
+        found = dataclasses.replace(locate(found.name, folder), adapters=found.adapters)
+    return dataclasses.replace(found, adapters=(*found.adapters, str(folder)))
 
 
 def _check_folder(folder: Path) -> None:
@@ -143,8 +169,8 @@ def _from_cache(repo: str, fetch: Callable[[bool], str], error: Exception) -> st
         ) from None
 
 
-def read_config(folder: str) -> dict[str, object]:
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+def read_config(folder: str, name: str = "config.json") -> dict[str, object]:
+    return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
 
 
 def bytes_to_fetch(repo: str, revision: str | None, kind: str, part: str | None = None) -> float | None:
