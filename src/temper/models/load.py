@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from temper.errors import ModelError
 from temper.hub import Source
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+# What damaged, foreign or missing weights raise in the libraries below.
+UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, pickle.UnpicklingError)
 
 
 def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -75,7 +80,7 @@ def model(
                 output_loading_info=True,
                 **wanted,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except UNREADABLE as error:
         raise _explained(source, error) from None
     missing = sorted(info["missing_keys"])
     if missing:
@@ -136,6 +141,11 @@ def _explained(source: Source, error: Exception) -> ModelError:
         return ModelError(
             f"{source.name} comes with Python code of its own, which Temper does not run by default",
             do="if you trust its author: --set trust_remote_code=true",
+        )
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words here advise to run the code
+        return ModelError(
+            f"the pickled weights of {source.name} hold more than tensors; loading them could run code, so they are left",
+            do="take the model as safetensors, or from an author who gives it so",
         )
     if isinstance(error, json.JSONDecodeError):
         return ModelError(f"the configuration of {source.name} is not valid JSON", do="download it again")
