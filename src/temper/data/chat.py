@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jinja2
 from pydantic import Field
 
 from temper.errors import DataError, ModelError
@@ -69,9 +70,10 @@ class Encoder:
 
     @property
     def description(self) -> str:
+        system = f", after the system message {self.form.system!r}" if self.form.system else ""
         if self.templated:
-            return "the tokenizer's chat template"
-        return f"plain: prompt + {self.form.separator!r} + answer + end token"
+            return f"the tokenizer's chat template{system}"
+        return f"plain: prompt + {self.form.separator!r} + answer + end token{system}"
 
     def messages(self, row: Row) -> list[dict[str, str]]:
         """A prompt–completion row as a conversation; `prompt` may itself be a list of messages (TRL's form)."""
@@ -222,7 +224,14 @@ class Encoder:
         return self.form.separator[len(self.form.separator.rstrip(" ")) :] + row["completion"]
 
     def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except jinja2.TemplateError as error:  # such as «roles must alternate», «no system role»
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise ModelError(
+                f"the chat template refuses a conversation of the roles {roles}: {error}",
+                do="map the rows to roles that the template knows, or set chat: plain in the data stage",
+            ) from None
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids; exactly one beginning-of-sequence token where the tokenizer has the habit (a template writes its own)."""

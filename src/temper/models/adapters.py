@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,15 +64,24 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
         ) from None
 
 
-def save(model: PeftModel, folder: Path, base: hub.Source, *, stage: str | None, identity: str) -> None:
+def save(
+    model: PeftModel, folder: Path, base: hub.Source, *, stage: str | None, identity: str, ends: Iterable[int] = ()
+) -> None:
     """PEFT's files, and `temper.json` with the base they belong to.
 
-    `stage` names the stage of the same run whose model the base is, so that a run folder can be moved.
+    `stage` names the stage of the same run whose model the base is, so that a run folder can be moved; `ends` are the
+    end tokens trained on, which a merge writes into the model's generation settings.
     """
     model.peft_config["default"].base_model_name_or_path = base.name
     model.save_pretrained(str(folder))
     named = {"name": base.name, "revision": base.revision, "adapters": list(base.adapters), "stage": stage}
-    write_json(folder / "temper.json", {"base": named, "base_identity": identity})
+    write_json(folder / "temper.json", {"base": named, "base_identity": identity, "ends": sorted(ends)})
+
+
+def trained_ends(source: hub.Source) -> set[int]:
+    """End tokens that the last adapter of a source was trained on."""
+    note = Path(source.adapters[-1]) / "temper.json" if source.adapters else None
+    return set(json.loads(note.read_text(encoding="utf-8")).get("ends", [])) if note and note.is_file() else set()
 
 
 def put_on(model: PreTrainedModel, source: hub.Source, *, trainable: bool = False) -> Any:
@@ -87,7 +97,7 @@ def put_on(model: PreTrainedModel, source: hub.Source, *, trainable: bool = Fals
         _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
         try:
             wrapped = PeftModel.from_pretrained(wrapped, folder, is_trainable=trainable)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except load.UNREADABLE as error:
             raise ModelError(
                 f"the adapter {folder} does not fit {source.name}",
                 where=str(error).splitlines()[0][:200],

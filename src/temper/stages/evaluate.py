@@ -22,9 +22,9 @@ from temper.models import adapters, load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.fallback import Decoding, generate
-from temper.runfolder import read_json, write_json
-from temper.stages.sft import fingerprint, format_of, tree_of
-from temper.stages.training import settle
+from temper.runfolder import Result, read_json, write_json
+from temper.stages.sft import format_of, tree_of
+from temper.stages.training import TRAINED_ON, fingerprint, settle
 from temper.trees import rows_of
 from temper.types import Outputs, Record, Scores
 
@@ -90,8 +90,9 @@ class Evaluate(Stage):
             )
         records = read_rows(path)[: self.take]
         for name in self.models:
-            if name in job.inputs and (job.inputs[name].path / "trained_on.npy").is_file():
-                seen = set(np.load(job.inputs[name].path / "trained_on.npy").tolist())
+            stage = self._stage_of(job, name)
+            if stage and (stage.path / TRAINED_ON).is_file():
+                seen = set(np.load(stage.path / TRAINED_ON).tolist())
                 known = [r for r in records if fingerprint(r) in seen]
                 if known:
                     job.warn(
@@ -123,6 +124,7 @@ class Evaluate(Stage):
             job.warn(notice)
         policy = Policy(hf)
         encoder = Encoder(tokenizer, format_of(job, self.data), end_ids=load.end_ids(policy.inner))
+        self._check_form(job, name, encoder, records)
         encoded = encoder.encode(records)
         context = load.context(policy.inner) or 10**9
         out: dict[str, Any] = {
@@ -163,6 +165,19 @@ class Evaluate(Stage):
         noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
         write_json(kept, {"outputs": out, **noted})
         return _outputs(out)
+
+    def _stage_of(self, job: Job, name: str) -> Result | None:
+        return job.inputs.get((job.recipe.model or "") if name == "base" else name)
+
+    def _check_form(self, job: Job, name: str, encoder: Encoder, records: list[Record]) -> None:
+        """A model asked in another form than it was trained in answers worse, and nothing else shows it."""
+        stage = self._stage_of(job, name)
+        trained = stage.info["facts"].get("written_as") if stage else None
+        if trained and trained != encoder.description and "text" not in records[0].row:
+            job.warn(
+                f"{name} was trained on rows written as «{trained}» and is asked in another form «{encoder.description}»: "
+                f"give {self.data.partition('.')[0]} the same format as its training data"
+            )
 
     def _likelihood(
         self, policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str

@@ -10,7 +10,7 @@ from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
 from temper.recipe import ModelRef, Stage, detail, stages
-from temper.stages.training import proven_merge, settle
+from temper.stages.training import note_trained_on, proven_merge, settle
 from temper.trees import chain, join
 
 
@@ -39,4 +39,7 @@ class Merge(Stage):
         probe = tokenizer("0 1 2 3 4 5 6 7 8 9 — А Б В a b c", add_special_tokens=True)["input_ids"]
         out = proven_merge(job, policy, join([chain(probe, [1.0] * len(probe))]))
         job.counts["parameters"] = load.parameters(out)[0]
-        load.save(out, tokenizer, job.dir / "model")
+        load.save(out, tokenizer, job.dir / "model", ends=adapters.trained_ends(source))
+        note_trained_on(job, [])
+        if written := next((f for r in job.inputs.values() if (f := r.info["facts"].get("written_as"))), None):
+            job.facts["written_as"] = written

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-
-import numpy as np
 
 from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder, Format, show
@@ -17,7 +14,7 @@ from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.fallback import Decoding, generate
-from temper.stages.training import TrainingStage, finish, open_policy, summarise
+from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 
@@ -50,7 +47,9 @@ class Sft(TrainingStage):
         context = load.context(policy.inner) or NO_LIMIT
         trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
         held_trees = [tree_of(e) for e in held_encoded if len(e.ids) <= context]  # validation is never cut
-        np.save(job.dir / "trained_on.npy", fingerprints(records))
+        note_trained_on(job, records)
+        if "text" not in records[0].row:
+            job.facts["written_as"] = encoder.description
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
         validation = rows_of(held_trees, self.row_tokens, self.micro_tokens)
         loop = Loop(job, policy, nll, batches, self, precision, validation, self._sampler(policy, encoder, held))
@@ -152,14 +151,3 @@ def fitted(encoded: list[Encoded], limit: int, too_long: str) -> tuple[list[Tree
     return [tree_of(e) for e in kept], note + (
         f" ({lost} of them had no answer left)" if too_long == "cut" and lost else ""
     )
-
-
-def fingerprints(records: list[Record]) -> np.ndarray:
-    """64-bit hashes of what a row asks and answers, sorted: evaluation looks for its own rows among them."""
-    return np.unique(np.array([fingerprint(r) for r in records], dtype=np.uint64))
-
-
-def fingerprint(record: Record) -> int:
-    row = record.row
-    text = repr([row.get(k) for k in ("messages", "prompt", "text")])
-    return int.from_bytes(hashlib.sha256(" ".join(text.split()).encode()).digest()[:8], "big")
