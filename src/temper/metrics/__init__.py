@@ -1,6 +1,6 @@
 """A metric is a pure function of `Outputs` and its own options, and gives statistics of single rows, never their sum.
 
-Adding one is one function in one file of this folder, and its file in the last line here:
+Adding one is one function in one file of this folder, and its file among the imports here:
 
     @metrics.register("exact_match")
     def exact_match(outputs: Outputs, *, strip: bool = True) -> dict[str, Scores]:
@@ -13,24 +13,17 @@ without: `[loss, rougeL, {rouge: {variant: [rouge1, rouge2], stem: true}}]`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
-from temper.registry import Registry
+from temper.metrics import likelihood, rouge, text  # noqa: F401 (each registers its own)
+from temper.metrics.table import declared, register, registry
 from temper.types import Outputs, Scores
 
-Metric = Callable[..., dict[str, Scores]]
+__all__ = ["Request", "Spec", "compute", "describe", "needs_likelihood", "needs_text", "read", "register", "registry"]
+
 Spec = Sequence[str | dict[str, Any]]
-
-registry: Registry[Metric] = Registry("metric")
-
-
-class _Declared(NamedTuple):
-    """What must be known of a metric before there are outputs."""
-
-    reads: Literal["text", "likelihood"]
-    gives: Callable[..., list[str]]  # options → names of the scores
 
 
 class Request(NamedTuple):
@@ -39,27 +32,6 @@ class Request(NamedTuple):
     name: str
     options: dict[str, Any]
     gives: list[str]
-
-
-_declared: dict[str, _Declared] = {}
-
-
-def register(
-    name: str, *, reads: Literal["text", "likelihood"] = "text", gives: Callable[..., list[str]] | None = None
-) -> Callable[[Metric], Metric]:
-    """Decorator that enters a metric under `name`.
-
-    Args:
-        reads: "text" if it needs predictions generated, "likelihood" if it reads `nll` and `tokens` instead.
-        gives: maps the options (as keyword arguments) to the names of the scores returned; by default `name` alone.
-    """
-
-    def add(metric: Metric) -> Metric:
-        registry.register(name)(metric)
-        _declared[name] = _Declared(reads, gives or (lambda **options: [name]))
-        return metric
-
-    return add
 
 
 def read(spec: Spec, *, where: str = "") -> list[Request]:
@@ -74,7 +46,7 @@ def read(spec: Spec, *, where: str = "") -> list[Request]:
         name, options = _entry(entry, where)
         registry.get(name, where=where)  # its error offers the nearest name
         options = registry.check(name, options, where=where)
-        request = Request(name, options, _declared[name].gives(**options))
+        request = Request(name, options, declared[name].gives(**options))
         if not request.gives:
             raise RecipeError(
                 f"metric «{name}» with {options} gives no score", where=where, do="leave it out or ask more"
@@ -103,12 +75,12 @@ def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 def needs_likelihood(spec: Spec) -> bool:
     """Whether any metric reads `outputs.nll`."""
-    return any(_declared[request.name].reads == "likelihood" for request in read(spec))
+    return any(declared[request.name].reads == "likelihood" for request in read(spec))
 
 
 def needs_text(spec: Spec) -> bool:
     """Whether any metric needs predictions generated."""
-    return any(_declared[request.name].reads == "text" for request in read(spec))
+    return any(declared[request.name].reads == "text" for request in read(spec))
 
 
 def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Scores]:
@@ -142,6 +114,3 @@ def _check_lengths(outputs: Outputs, where: str) -> None:
 def describe() -> dict[str, str]:
     """Metric → one line on it (the first of its docstring), for `temper list metrics`."""
     return {name: (inspect.getdoc(registry.get(name)) or "").partition("\n")[0] for name in registry}
-
-
-from temper.metrics import likelihood, rouge, text  # noqa: E402, F401 (each registers its own)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from temper.metrics import register
+from temper.metrics.table import register
 from temper.types import Outputs, Scores
 
 

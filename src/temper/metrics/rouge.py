@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from temper.errors import DataError
-from temper.metrics import register
+from temper.metrics.table import register
 from temper.metrics.words import SIGNATURE, words
 from temper.types import Outputs, Scores
 

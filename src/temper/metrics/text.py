@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from temper.metrics import register
+from temper.metrics.table import register
 from temper.metrics.words import SIGNATURE, ngrams, words
 from temper.types import Outputs, Scores
 
