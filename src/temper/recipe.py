@@ -240,7 +240,8 @@ def _validate(kind: Any, values: dict[str, Any], at: KeyPath, lines: dict[KeyPat
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a misspelt key may also be a missing one: the first says what to do
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         loc = tuple(str(p) for p in first["loc"])
         where = next((lines[at + loc[:n]] for n in range(len(loc), -1, -1) if at + loc[:n] in lines), "")
         name = ".".join((at[1:] if at[:1] == ("stages",) else at) + loc)
