@@ -1,23 +1,30 @@
 """Failures that would be silent, each staged.
 
-Here: 1, 2, 3, 8, 16, 18, 19, 22, 23. Elsewhere: 4, 5, 26 in test_scores.py and test_loop.py; 5, 10, 21, 24 in test_equality.py; 12 in test_resume.py; 13 in
-test_recipe.py and test_cli.py; 15 and 20 in test_metrics.py and test_statistics.py; 18 also in test_data_split.py.
+Here: what reads rows, templates and answers (1, 2, 3, 8, 15, 16, 23) and keys (13). In whole runs, which is where one
+stage must tell the next, see test_silences_in_runs.py: 2, 3, 8, 10, 16, 18, 19, 20, 21, 22, 24, 26. Elsewhere: 4, 5 and 26
+in test_scores.py and test_loop.py; 5, 10, 21 and 24 in test_equality.py and test_adapters.py; 12 in test_resume.py; 13
+also in test_recipe.py and test_cli.py; 15 and 20 in test_metrics.py and test_statistics.py; 18 in test_data_split.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import transformers as tf
+from rouge_score import rouge_scorer
 
 import temper
+import temper.stages
 from temper import metrics
+from temper import recipe as recipes
 from temper.data.chat import Encoded, Encoder, Format
 from temper.engine import tripwires
-from temper.errors import DataError, ModelError
+from temper.errors import DataError, ModelError, RecipeError
 from temper.stages.pretrain import Shape, train_tokenizer
 from temper.stages.sft import fitted
 from temper.types import Outputs, Record
@@ -147,63 +154,72 @@ def test_16_metrics_see_the_answer_alone() -> None:
     assert metrics.compute(["rougeL"], out)["rougeL"].value == 0
 
 
-def rows(path: Path, n: int, *, start: int = 0) -> None:
-    path.write_text(
-        "".join(
-            json.dumps({"q": f"Скільки буде {k} і {k}?", "a": f"Буде {2 * k}."}) + "\n" for k in range(start, start + n)
-        )
-    )
-
-
-def recipe(folder: Path, model: Path, **sft: Any) -> Path:
-    data = {"stage": "data", "prompt": "{q}", "completion": "{a}", "format": {"separator": " "}}
-    stages = {
-        "train": {**data, "source": "train.jsonl", "validation": 0, "test": 0},
-        "asked": {**data, "source": "test.jsonl", "validation": 0, "test": 6},
-        "sft": {"stage": "sft", "data": "train", "batch_size": 4, "max_steps": 2, **sft},
-        "compare": {
-            "stage": "evaluate",
-            "models": ["base", "sft"],
-            "data": "asked",
-            "metrics": ["loss"],
-            "resamples": 200,
-        },
-    }
-    file = folder / "recipe.yaml"
-    file.write_text(
-        json.dumps({"name": "silence", "model": str(model), "threads": 1, "stages": stages}, ensure_ascii=False)
-    )
-    return file
-
-
-def info(run: Path, stage: str) -> dict[str, Any]:
-    return json.loads((run / stage / "stage.json").read_text())
-
-
-def test_18_19_22_in_one_run(tiny_model: Path, tmp_path: Path) -> None:
-    rows(tmp_path / "train.jsonl", 16)
-    rows(tmp_path / "test.jsonl", 12, start=6)  # rows 6 to 15 stand in the training data too
-    file = recipe(tmp_path, tiny_model, warmup=5)
-    run = temper.run(file, out=tmp_path / "run", quiet=True)
-    # 18: test rows in the training data of a model that is compared
-    assert any("stand in the training data of sft" in w for w in info(run, "compare")["warnings"])
-    # 22: two steps are less than an epoch of four, and less than the warm-up
-    warnings = " ".join(info(run, "sft")["warnings"])
-    assert "before the first epoch is through (4 steps)" in warnings and "never reaches its value" in warnings
-    # 19: other data under the same name, then another template: nothing old is read
-    before = info(run, "sft")["key"]
-    rows(tmp_path / "train.jsonl", 16, start=100)
-    temper.run(file, out=run, quiet=True)
-    other_data = info(run, "sft")["key"]
-    assert other_data != before
-    assert not any("stand in the training data" in w for w in info(run, "compare")["warnings"])
-    file.write_text(file.read_text().replace("{q}", "Питання: {q}"))
-    temper.run(file, out=run, quiet=True)
-    assert info(run, "sft")["key"] not in (before, other_data)
-    assert info(run, "asked")["config"]["prompt"] == "Питання: {q}"
-
-
 def test_22_a_schedule_that_never_moved_and_an_early_end_are_told() -> None:
     assert "never moved" in tripwires.after(schedule="cosine", rates=[1e-4] * 3, took=9, planned=9)[0]
     assert "after 4 of 9 steps" in tripwires.after(schedule="cosine", rates=[1e-4, 9e-5, 1e-5], took=4, planned=9)[0]
     assert tripwires.after(schedule="cosine", rates=[1e-4, 9e-5, 1e-5], took=9, planned=9) == []
+
+
+def test_1_a_template_that_refuses_a_role_is_a_message_not_a_traceback(tokenizer: Any) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    encoder = Encoder(with_template(tokenizer, refusal + CHATML), Format(chat="template", system="Стисло."))
+    with pytest.raises(ModelError, match=r"system, user.*no system role"):
+        encoder.encode([Record({"prompt": "Два?", "completion": "Чотири."}, "a:1")])
+
+
+@pytest.mark.parametrize("name", ["llama2", "qwen2"])
+def test_8_a_template_that_writes_the_beginning_token_itself(name: str) -> None:
+    if not (TOKENIZERS / name).is_dir():
+        pytest.skip("shared data are absent")
+    real = tf.AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    if name == "qwen2":  # it has none of its own
+        real.bos_token = "<|im_start|>"
+    real.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder = Encoder(real, Format())
+    record = Record({"prompt": "Two and two?", "completion": "Four."}, "a:1")
+    [example], [asked] = encoder.encode([record]), encoder.prompts([record])
+    assert example.ids.count(real.bos_token_id) == 1 and example.ids[: len(asked)] == asked
+    assert trained(encoder, example)[0].strip() == f"Four. {real.eos_token}"
+
+
+def test_13_every_key_of_every_stage_is_read_somewhere() -> None:
+    """A key that nothing reads would be a silence of our own; one with a single value decides nothing yet."""
+    source = "\n".join(p.read_text(encoding="utf-8") for p in Path(temper.__file__).parent.rglob("*.py"))
+    unread = []
+
+    def look(config: Any, path: str) -> None:
+        for name, field in config.model_fields.items():
+            only = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+            if len(only) != 1 and not re.search(rf"\.{name}\b|[\"']{name}[\"']", source):
+                unread.append(f"{path}.{name}")
+            for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if hasattr(kind, "model_fields"):
+                    look(kind, f"{path}.{name}")
+
+    for kind in recipes.stages:
+        look(recipes.stages.get(kind), kind)
+    assert not unread
+
+
+@pytest.mark.parametrize("kind", list(recipes.stages))
+def test_13_every_key_misspelt_is_refused_with_its_right_name(kind: str, tmp_path: Path) -> None:
+    for name in recipes.stages.get(kind).model_fields:
+        file = tmp_path / "misspelt.yaml"
+        file.write_text(json.dumps({"name": "x", "model": "m", "stages": {"one": {"stage": kind, f"{name}x": 1}}}))
+        with pytest.raises(RecipeError) as raised:
+            recipes.load(file)
+        assert f"{name}x" in raised.value.what and name in raised.value.do
+
+
+def test_15_rouge_reads_ukrainian() -> None:
+    """rouge-score's own tokenizer keeps a–z and digits alone."""
+    same, number = "Пожежа в Сумах: 48 людей", "Ціни зросли на 48 відсотків"
+    default = rouge_scorer.RougeScorer(["rouge1"])
+    assert default.score("кіт сидить", "кіт сидить")["rouge1"].fmeasure == 0
+    assert default.score(same, number)["rouge1"].fmeasure == 1
+    ours = Outputs(["", ""], ["кіт сидить", number], ["кіт сидить", same], [True, True])
+    equal, different = metrics.compute(["rouge1"], ours)["rouge1"].rows
+    assert equal == 1 and 0 < different < 0.5
