@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from peft import PeftModel
 
@@ -166,8 +167,6 @@ def _probe(loop: Loop) -> tuple[float, float]:
 
 
 def _resident() -> float:
-    import psutil
-
     return float(psutil.Process().memory_info().rss)
 
 
