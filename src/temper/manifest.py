@@ -22,6 +22,7 @@ REPORTED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", 
 
 
 def manifest(recipe: Recipe, order: list[str], command: Sequence[str]) -> dict[str, Any]:
+    """manifest.json of a start, as the run folder documents it: stages in `order` pending, the others skipped."""
     rest = [n for n in recipe.stages if n not in order]
     return {
         "schema": 1,
@@ -66,6 +67,8 @@ def hardware(threads: int | None = None) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the folder that a recipe lies in, and whether files differ from it; None outside of git."""
+
     def ask(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True

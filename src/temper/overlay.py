@@ -32,6 +32,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def yaml() -> YAML:
+    """YAML 1.2 that keeps order and refuses a key given twice."""
     yaml = YAML(typ="rt")
     yaml.version = (1, 2)
     yaml.width = 118
@@ -40,6 +41,11 @@ def yaml() -> YAML:
 
 
 def read(path: Path, lines: dict[KeyPath, str], at: KeyPath) -> dict[str, Any]:
+    """A YAML file as plain values; `lines` learns the file and line of every key below `at`.
+
+    Raises:
+        RecipeError: not UTF-8, not YAML, or no mapping at the top.
+    """
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -55,6 +55,7 @@ def read_weights(folder: Path, module: torch.nn.Module) -> None:
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments of a checkpoint into an optimiser of the same groups."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         index, key = name.split(".", 1)

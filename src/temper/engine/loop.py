@@ -95,6 +95,8 @@ class Batches:
 
 @dataclasses.dataclass
 class Outcome:
+    """What a finished run took, and how well it did on validation."""
+
     steps: int
     best: float | None
     last_loss: float

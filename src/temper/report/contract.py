@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 
 class ManifestStage(BaseModel):
+    """A stage of manifest.json."""
+
     name: str
     kind: str = ""
     key: str = ""
@@ -21,6 +23,8 @@ class ManifestStage(BaseModel):
 
 
 class Manifest(BaseModel):
+    """manifest.json: what was started, on what, and how each stage ended."""
+
     recipe: str = ""
     profile: str | None = None
     seed: int | None = None

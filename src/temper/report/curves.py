@@ -19,6 +19,8 @@ VALIDATION = "validation_"
 
 @dataclass(frozen=True)
 class Figure:
+    """A drawn plot with its legend."""
+
     title: str
     legend: list[tuple[int, str]]  # colour, name
     svg: Markup

@@ -59,6 +59,7 @@ def of_runs(runs: list[Run]) -> str:
 
 
 def table(shown: Table) -> str:
+    """A table in Markdown, its notes below it."""
     head = "| " + " | ".join(_cell(cell) for cell in shown.head) + " |"
     rule = "|" + "|".join(" ---: " if cell.numeric else " --- " for cell in shown.head) + "|"
     body = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in shown.rows]

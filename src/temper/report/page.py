@@ -82,6 +82,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class EvaluationView:
+    """What the page shows of one evaluation."""
+
     stage: Stage
     evaluation: Evaluation
     findings: list[phrases.Finding]
@@ -95,6 +97,8 @@ class EvaluationView:
 
 @dataclass(frozen=True)
 class DataView:
+    """What the page shows of one data stage."""
+
     stage: Stage
     card: Card
     rows: tables.Table

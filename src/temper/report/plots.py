@@ -20,6 +20,8 @@ MOST_POINTS = 400  # of one line; beyond that, each bucket keeps its lowest and 
 
 @dataclass(frozen=True)
 class Series:
+    """One line of a plot."""
+
     name: str
     points: list[tuple[float, float]]  # x rising, finite
     colour: int

@@ -44,6 +44,8 @@ class Stage:
 
 @dataclass
 class Run:
+    """A run folder, read; `problems` are sentences on what of it could not be."""
+
     path: Path
     manifest: Manifest
     recipe: str  # the text of recipe.yaml

@@ -18,6 +18,8 @@ EACH = 3  # rows in each group
 
 @dataclass(frozen=True)
 class Answer:
+    """What one model wrote."""
+
     model: str
     text: str
     scores: list[tuple[str, str]]  # (metric, score of this row)
@@ -26,6 +28,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
+    """One test row with the answers of all models."""
+
     id: int
     prompt: str
     reference: str
@@ -34,6 +38,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Group:
+    """Samples chosen for one reason."""
+
     title: str
     samples: list[Sample]
 

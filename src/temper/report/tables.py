@@ -27,6 +27,8 @@ from temper.report.read import Run, Stage
 
 @dataclass(frozen=True)
 class Cell:
+    """One cell, as text."""
+
     text: str
     note: str = ""  # shown smaller, under or behind the text: an interval, a share
     mark: str = ""  # best | better | worse | different | unclear | failed
@@ -35,6 +37,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
+    """A table before it is HTML or Markdown."""
+
     head: list[Cell]  # numeric says how the column is aligned
     rows: list[list[Cell]]
     title: str = ""
@@ -123,6 +127,7 @@ def _signatures(evaluation: Evaluation) -> list[str]:
 
 
 def comparisons_table(evaluation: Evaluation) -> Table:
+    """Every pair that was compared, its difference with its interval, and what follows from it."""
     head = [words("metric"), words("comparison"), Cell("difference"), Cell("95 % interval"), Cell("p")]
     head += [Cell("p adjusted"), Cell("smallest detectable"), words("finding")]
     said = {"better": "better", "worse": "worse", "different": "different", "unclear": "not told apart"}
@@ -161,6 +166,7 @@ def spread_table(evaluation: Evaluation) -> Table:
 
 
 def cost_table(run: Run) -> Table:
+    """What each stage took: time, tokens, memory, disk."""
     head = [words("stage"), words("status"), Cell("time"), Cell("tokens"), Cell("tokens/s"), Cell("peak memory")]
     head += [Cell("examples"), Cell("steps"), Cell("trainable parameters"), Cell("on disk")]
     body = [[words(stage.name, stage.kind), status(stage), *cost_cells(stage)] for stage in run.stages]
@@ -176,6 +182,7 @@ def cost_table(run: Run) -> Table:
 
 
 def cost_cells(stage: Stage) -> list[Cell]:
+    """One stage's figures in `cost_table`, from time to disk."""
     i = stage.info
     if i is None:
         return [Cell(NONE)] * 8
@@ -197,6 +204,7 @@ def cost_cells(stage: Stage) -> list[Cell]:
 
 
 def status(stage: Stage) -> Cell:
+    """How a stage ended, in a word."""
     if stage.status == "failed":
         return words("failed", mark="failed")
     if stage.partial:
@@ -227,6 +235,7 @@ def rows_table(card: Card) -> Table:
 
 
 def lengths_table(card: Card) -> Table | None:
+    """How long the columns of each split are; None where the card has no lengths."""
     keys = ("min", "median", "p95", "max")
     body = [
         [words(split), words(column, str(values.get("unit", ""))), *(Cell(compact(values.get(k, NONE))) for k in keys)]
