@@ -183,6 +183,16 @@ def test_an_adapter_of_another_shape_is_refused(base: hub.Source, tmp_path: Path
         adapters.open_model(dataclasses.replace(small, adapters=(str(tmp_path / "adapter"),)))
 
 
+@pytest.mark.parametrize("kept", [None, 0, 900])
+def test_a_damaged_adapter_is_told(kept: int | None, base: hub.Source, tmp_path: Path) -> None:
+    model = adapters.attach(load.model(base)[0], Adapter(r=4), seed=0)
+    adapters.save(model, tmp_path / "adapter", base, stage=None, identity=hub.identity(base))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.unlink() if kept is None else file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ModelError, match="does not fit"):
+        adapters.open_model(dataclasses.replace(base, adapters=(str(tmp_path / "adapter"),)))
+
+
 @pytest.mark.filterwarnings("ignore:.*modify a model with PEFT")
 def test_a_second_adapter_stands_on_the_first_merged(base: hub.Source, tmp_path: Path) -> None:
     """Training goes on from an adapter: its own base is the old one with the first adapter folded in."""
