@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, whole_stages
+from temper.engine.loop import append, forget_after
 from temper.runfolder import read_json
 
 Once = Callable[[str, Callable[[Path], None]], Path]
@@ -133,6 +134,18 @@ def test_killed_from_outside_at_random_moments(forks: Workshop, once: Once, tmp_
         assert forks.run(folder, overrides)["status"] == 0
     assert kills >= 3
     same(folder, once("unkilled", unkilled))
+
+
+def test_answers_with_line_separators_outlive_a_resumption(tmp_path: Path) -> None:
+    """To Python's splitlines U+2028, U+0085 and form feeds end a line; to JSON lines they do not."""
+    file = tmp_path / "samples.jsonl"
+    for step in (2, 4, 6):
+        append(file, {"step": step, "completion": f"а\u2028б\x85в\x0cг {step}"})
+    with open(file, "ab") as cut:
+        cut.write('{"step": 6, "completion": "обір'.encode()[:-1])  # killed within a letter
+    forget_after(file, 4)
+    assert [line["step"] for line in lines_of(file)] == [2, 4]
+    assert lines_of(file)[0]["completion"] == "а\u2028б\x85в\x0cг 2"
 
 
 def test_forced_anew_and_killed_while_the_old_work_goes(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def forget_after(file: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that a kill cut short: those steps will be taken again."""
     if file.exists():
         kept = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 may stand in an answer
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

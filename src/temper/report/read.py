@@ -181,7 +181,7 @@ def _json_lines(path: Path, problems: list[str], of: str) -> list[dict[str, Any]
     if not path.exists():
         return []
     out, broken = [], []
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
