@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from temper.errors import ModelError
 from temper.models.attention import refuses_trees, smallest_window, tree_mask
-from temper.trees import Node, Row, flatten, join
+from temper.trees import Node, Row, chain, flatten, join
 
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 16 * 2**20  # logits held at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
@@ -186,12 +187,48 @@ def prove(policy: Policy, *, length: int = 64, seed: int = 0) -> dict[str, Any]:
     finally:
         policy.train(was_training)
     difference, visible = (got - padded).abs().max().item(), (control - padded).abs().max().item()
-    # Half precision rounds a tree and a padded batch differently, as it does two padded batches.
-    share = 0.02 if padded_precision(policy) == torch.float32 else 0.2
-    fits = visible > 0 and difference <= share * visible
+    fits = visible > 0 and difference <= _tolerated(policy) * visible
     policy.layout = "tree" if fits else "padded"
     reason = "the tree pass equals the padded pass" if fits else "the tree pass differs from the padded pass"
     return {"layout": policy.layout, "reason": reason, "difference": difference, "control": visible}
+
+
+def check_causal(policy: Policy, *, seed: int = 0) -> None:
+    """Make sure that no token's score hears of later tokens: a model that looks ahead learns to copy them.
+
+    Two sequences that differ in one late token must score everything before it alike. transformers loads encoders
+    such as BERT as causal models without objecting.
+
+    Raises:
+        ModelError: a score changed.
+    """
+    vocabulary = policy.inner.config.get_text_config().vocab_size
+    one = torch.randint(0, vocabulary, (14,), generator=torch.Generator().manual_seed(seed))
+    other = one.clone()
+    other[11] = (one[11] + vocabulary // 2) % vocabulary
+    row = join([chain(ids.tolist(), [1.0] * len(ids)) for ids in (one, other)]).to(policy.device)
+    was_training, layout = policy.training, policy.layout
+    policy.eval()
+    policy.layout = "padded"
+    try:
+        with torch.no_grad():
+            first, second = policy(row).split(len(one) - 1)
+    finally:
+        policy.train(was_training)
+        policy.layout = layout
+    change = (first - second).abs()  # [13]: scores of tokens 1 to 13
+    before, after = change[:10].max().item(), change[11:].max().item()
+    if before > _tolerated(policy) * after:
+        raise ModelError(
+            f"{policy.inner.config.model_type} sees the tokens that it is to predict (a score changed by {before:.2g} "
+            "nats when only a later token did)",
+            do="choose a causal language model; an encoder such as BERT is none",
+        )
+
+
+def _tolerated(policy: Policy) -> float:
+    """Rounding, as a share of what a real error would change. Half precision rounds two padded batches differently."""
+    return 0.02 if padded_precision(policy) == torch.float32 else 0.2
 
 
 def padded_precision(policy: Policy) -> torch.dtype:

@@ -18,7 +18,7 @@ from temper.engine.loop import Loop, Training
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.adapters import Adapter
-from temper.models.scores import Policy, prove
+from temper.models.scores import Policy, check_causal, prove
 from temper.recipe import ModelRef, Stage, detail
 from temper.trees import Row, Tree
 from temper.types import Record
@@ -79,6 +79,8 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
 
 def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.device, precision: str) -> None:
     """Choose the layout by proof, and note what is really used."""
+    with devices.autocast(device, precision):
+        check_causal(policy)
     if layout == "padded":
         policy.layout, proof = "padded", {"reason": "asked for"}
     else:
