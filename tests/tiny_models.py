@@ -92,10 +92,27 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "xlnet": ("xlnet", {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
 }  # fmt: skip
 
+# Encoders that transformers loads as causal models all the same.
+LOOK_AHEAD: dict[str, tuple[str, dict[str, Any]]] = {
+    kind: (
+        kind,
+        {
+            **_GPT,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 128,
+        },
+    )
+    for kind in ("bert", "roberta")
+}
+LOOK_AHEAD["xlnet"] = PADDED.pop("xlnet")
+
 
 def build(family: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """A model of one family in evaluation mode."""
-    kind, settings = (TREES | PADDED)[family]
+    kind, settings = (TREES | PADDED | LOOK_AHEAD)[family]
     settings = dict(settings)
     attention = settings.pop("attn_implementation", None) or attention
     torch.manual_seed(seed)
