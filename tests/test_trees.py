@@ -154,7 +154,7 @@ def check_row(row: Row, trees: list[Tree], lanes: int) -> None:
     assert {t.dtype for t in whole} == {torch.int64} and row.weight.dtype == torch.float32
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(NODES.map(flatten), min_size=1, max_size=4))
 def test_join_puts_trees_side_by_side(trees: list[Tree]) -> None:
     row = join(trees)
@@ -162,7 +162,7 @@ def test_join_puts_trees_side_by_side(trees: list[Tree]) -> None:
     check_row(row, trees, 1)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(NODES.map(flatten), min_size=1, max_size=3), min_size=1, max_size=4))
 def test_stack_gives_lanes_of_equal_width(lanes: list[list[Tree]]) -> None:
     row = stack(lanes)
@@ -181,7 +181,7 @@ def test_pack_keeps_every_index_within_the_budget(sizes: list[int], budget: int)
     assert all(a + b > budget for a, b in pairwise(fitting))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(NODES.map(flatten), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 120))
 def test_rows_hold_every_tree_once(trees: list[Tree], row_tokens: int, micro_tokens: int) -> None:
     rows = rows_of(trees, row_tokens, micro_tokens)
