@@ -45,6 +45,9 @@ class Workshop:
             env={**os.environ, **ENVIRONMENT},
         )
 
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
@@ -229,6 +232,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")  # whatever is printed goes elsewhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _warm()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         answers.write(json.dumps(_served(json.loads(line))) + "\n")
         answers.flush()

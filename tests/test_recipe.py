@@ -271,3 +271,29 @@ def test_explain_finds_fields_by_any_part_of_their_path() -> None:
 def test_every_field_can_be_explained() -> None:
     for e in fields.entries():
         assert e.info.description in fields.explain(".".join(e.path))
+
+
+EVALUATED = """\
+name: r
+model: ./somewhere
+stages:
+  qa: {stage: data, source: qa.jsonl, test: SIZE}
+  sft: {stage: sft, data: qa}
+  compare: {stage: evaluate, models: [base, NAME], data: qa, metrics: [loss]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "said"),
+    [("0", "sft", "«qa» has test: 0"), ("0.1", "stf", "did you mean «sft»"), ("0.1", "bse", "did you mean «base»")],
+)
+def test_what_an_evaluation_could_not_read_is_told_before_anything_runs(
+    tmp_path: Path, size: str, name: str, said: str
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(EVALUATED.replace("SIZE", size).replace("NAME", name))
+    with pytest.raises(RecipeError, match=said) as told:
+        recipe.load(file)
+    assert "r.yaml:6" in told.value.where
+    file.write_text(EVALUATED.replace("SIZE", "0.1").replace("NAME", "gpt2"))
+    assert "compare" in recipe.load(file).stages  # a hub id that is near to no stage

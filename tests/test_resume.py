@@ -23,8 +23,6 @@ from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, w
 from temper.engine.loop import append, forget_after
 from temper.runfolder import read_json
 
-Once = Callable[[str, Callable[[Path], None]], Path]
-
 SFT = {
     "adapter": {"dropout": 0.1}, "batch_size": 4, "accumulation": 2, "precision": "bf16", "warmup": 0,
     "schedule": "constant", "max_steps": 8, "evaluate_every": 2, "checkpoint_every": 2, "patience": 1, "samples": 0,
@@ -112,19 +110,17 @@ def test_data_and_evaluation_die_at_every_moment(forks: Workshop, smoke_run: Pat
     assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 10
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_killed_from_outside_at_random_moments(forks: Workshop, once: Once, tmp_path: Path, seed: int) -> None:
+def test_killed_from_outside_at_random_moments(forks: Workshop, tmp_path: Path) -> None:
     """From nothing to the evaluation, with `kill -9` every so often; as in life, nobody knows where it falls."""
     sft = {"checkpoint_every": 2, "precision": "bf16", "evaluate_every": 4, "samples": 1}
     overrides = {"stages": {"tiny": {"checkpoint_every": 2}, "sft": sft}}
-
-    def unkilled(path: Path) -> None:
-        assert forks.run(path, overrides)["status"] == 0
-
-    draw, folder, kills = random.Random(seed), tmp_path / "run", 0
-    for _ in range(60):
-        folder.mkdir(exist_ok=True)
-        ended = forks.run(folder, overrides, die_after=draw.uniform(0.1, 1.2))
+    began = time.monotonic()
+    assert forks.run(tmp_path / "unkilled", overrides)["status"] == 0
+    took = time.monotonic() - began
+    draw, folder, kills = random.Random(1), tmp_path / "run", 0
+    folder.mkdir()
+    for _ in range(10):
+        ended = forks.run(folder, overrides, die_after=draw.uniform(0.1, 0.4) * took)
         whole_stages(folder)
         if ended["status"] == 0:
             break
@@ -132,8 +128,8 @@ def test_killed_from_outside_at_random_moments(forks: Workshop, once: Once, tmp_
         kills += 1
     else:
         assert forks.run(folder, overrides)["status"] == 0
-    assert kills >= 3
-    same(folder, once("unkilled", unkilled))
+    assert kills >= 2
+    same(folder, tmp_path / "unkilled")
 
 
 def test_answers_with_line_separators_outlive_a_resumption(tmp_path: Path) -> None:
@@ -176,7 +172,7 @@ def test_the_command_itself(smoke_run: Path, tmp_path: Path) -> None:
     environment = {**os.environ, **ENVIRONMENT}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not (folder / "tiny.partial" / "checkpoints" / "step-4").exists() and time.monotonic() < until:
+    while not (folder / "tiny.partial" / "checkpoints" / "step-2").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()
     process.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import importlib.resources
 import io
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class Stage(Config, abc.ABC):
     kind: ClassVar[str] = ""
     version: ClassVar[int] = 1
     gives: ClassVar[str] = ""  # «model», «data» or nothing
+    reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 
     @abc.abstractmethod
@@ -280,6 +282,17 @@ def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
                     raise RecipeError(f"«{value}» is no stage that makes data", where=where, do=nearest(target, givers))
                 if split and split not in {"train", "validation", "test"}:
                     raise RecipeError(f"«{value}»: splits are train, validation and test", where=where)
+                read = split or stage.reads_split
+                if read and getattr(recipe.stages[target], read, None) == 0:
+                    raise RecipeError(
+                        f"stage «{name}» reads «{target}.{read}», and «{target}» has {read}: 0",
+                        where=where,
+                        do=f"give {target}.{read} a share or a number of rows, or name another split",
+                    )
+            elif value not in recipe.stages and value != "base" and not (recipe.folder / value).is_dir():
+                models = [n for n, s in recipe.stages.items() if s.gives == "model"]
+                if "/" not in value and (close := difflib.get_close_matches(value, [*models, "base"], n=1)):
+                    raise RecipeError(f"there is no model «{value}»", where=where, do=f"did you mean «{close[0]}»?")
             elif value in recipe.stages and recipe.stages[value].gives != "model":
                 raise RecipeError(f"stage «{value}» gives no model", where=where)
     order(recipe)

@@ -35,6 +35,7 @@ class Evaluate(Stage):
 
     kind = "evaluate"
     reads_replicas = True
+    reads_split = "test"
 
     models: list[ModelRef] = detail(..., "What is compared, in order: stages, base, folders or hub ids.", min_length=1)
     data: DataRef = detail(..., "STAGE or STAGE.SPLIT; without a split: test.")
@@ -76,7 +77,7 @@ class Evaluate(Stage):
             "spread": _spread(scores, copies),
         }
         write_json(job.dir / "evaluation.json", entry)
-        job.counts["examples"] = len(records)
+        job.counts = {"examples": len(records)}  # nothing is trained here
         self._say(job, entry)
 
     def _split_name(self) -> str:
@@ -271,7 +272,11 @@ class Evaluate(Stage):
 def _shown(v: dict[str, Any]) -> str:
     if v["value"] is None:
         return "–"
-    return f"{v['value']:.3f}" + (f" ({v['low']:.3f}–{v['high']:.3f})" if v["low"] is not None else "")
+    return _short(v["value"]) + (f" ({_short(v['low'])}–{_short(v['high'])})" if v["low"] is not None else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _number(value: float | None) -> float | None:

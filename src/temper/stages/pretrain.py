@@ -71,7 +71,7 @@ class Pretrain(Stage, Training):
         loop = Loop(job, policy, nll, batches, self, precision, rows_of(validation, self.row_tokens, self.micro_tokens))
         job.counts["examples"] = len(trees)
         lines = [f"rows: {len(records):,} texts in {len(trees):,} sequences of at most {self.shape.context} tokens"]
-        summarise(job, loop, lines, trees, tokenizer.decode(trees[0].ids[:60].tolist()))
+        summarise(job, loop, lines, trees, f"⟦{tokenizer.decode(trees[0].ids.tolist())[:300]}…⟧")
         loop.run()
         load.save(policy.hf, tokenizer, job.dir / "model", ends={tokenizer.eos_token_id})
 
