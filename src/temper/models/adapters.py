@@ -84,7 +84,7 @@ def trained_ends(source: hub.Source) -> set[int]:
     return set(json.loads(note.read_text(encoding="utf-8")).get("ends", [])) if note and note.is_file() else set()
 
 
-def put_on(model: PreTrainedModel, source: hub.Source, *, trainable: bool = False) -> Any:
+def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
     """The adapters of a source on its base, in turn; all but the last are merged.
 
     Raises:
@@ -96,7 +96,7 @@ def put_on(model: PreTrainedModel, source: hub.Source, *, trainable: bool = Fals
             wrapped = wrapped.merge_and_unload()
         _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
         try:
-            wrapped = PeftModel.from_pretrained(wrapped, folder, is_trainable=trainable)
+            wrapped = PeftModel.from_pretrained(wrapped, folder)
         except load.UNREADABLE as error:
             raise ModelError(
                 f"the adapter {folder} does not fit {source.name}",
@@ -146,10 +146,9 @@ def open_model(
     attention: load.Attention = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
-    trainable: bool = False,
 ) -> tuple[Any, list[str]]:
     """A model with its adapters on it, and notices."""
     base, notices = load.model(
         source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code
     )
-    return put_on(base, source, trainable=trainable), notices
+    return put_on(base, source), notices

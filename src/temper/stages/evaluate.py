@@ -60,10 +60,9 @@ class Evaluate(Stage):
 
     def run(self, job: Job) -> None:
         records = self._records(job)
-        named = {ref: ref for ref in self.models}
         copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
         outputs: dict[str, Outputs] = {}
-        for name in [*named, *copies]:
+        for name in [*self.models, *copies]:
             outputs[name] = self._answers(job, name, records)
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)

@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from temper.data.card import read_rows
 from temper.engine import device as devices
 from temper.engine.loop import Batches, Loop, Training
 from temper.errors import DataError
@@ -19,7 +18,7 @@ from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import Config, DataRef, Stage, detail, stages
-from temper.stages.training import settle, summarise
+from temper.stages.training import read_split, settle, summarise
 from temper.trees import chain, rows_of
 from temper.types import Record
 
@@ -78,15 +77,8 @@ class Pretrain(Stage, Training):
 
 def texts(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
     """Rows of a data stage that have a column `text`."""
-    path = job.rows(ref, split)
-    if path is None:
-        if optional:
-            return []
-        raise DataError(
-            f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
-        )
-    records = read_rows(path)
-    if "text" not in records[0].row:
+    records = read_split(job, ref, split, optional=optional)
+    if records and "text" not in records[0].row:
         raise DataError(
             f"pretraining reads a column «text»; {ref} has {', '.join(records[0].row)}",
             do='map it in the data stage: text: "{column}"',

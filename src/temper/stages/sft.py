@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder, Format, show
 from temper.engine.loop import Batches, Loop
 from temper.errors import DataError
@@ -14,7 +13,7 @@ from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.fallback import Decoding, generate
-from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, summarise
+from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 
@@ -38,7 +37,7 @@ class Sft(TrainingStage):
     )
 
     def run(self, job: Job) -> None:
-        records, held = _rows(job, self.data, "train"), _rows(job, self.data, "validation", optional=True)
+        records, held = read_split(job, self.data, "train"), read_split(job, self.data, "validation", optional=True)
         source = job.model(self.model)
         tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
@@ -97,15 +96,6 @@ class Sft(TrainingStage):
             ]
 
         return sample
-
-
-def _rows(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
-    path = job.rows(ref, split)
-    if path is None and not optional:
-        raise DataError(
-            f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
-        )
-    return read_rows(path) if path is not None else []
 
 
 def format_of(job: Job, ref: str) -> Format:

@@ -13,8 +13,10 @@ import torch
 from peft import PeftModel
 
 from temper import hub
+from temper.data.card import read_rows
 from temper.engine import device as devices
 from temper.engine.loop import Loop, Training
+from temper.errors import DataError
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.adapters import Adapter
@@ -43,6 +45,16 @@ class TrainingStage(Stage, Training):
     seeds: int = detail(
         1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False
     )
+
+
+def read_split(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
+    """Rows of one split of a data stage; none are an error unless `optional`."""
+    path = job.rows(ref, split)
+    if path is None and not optional:
+        raise DataError(
+            f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
+        )
+    return read_rows(path) if path is not None else []
 
 
 def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, Any, hub.Source, str]:
