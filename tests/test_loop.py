@@ -287,10 +287,10 @@ def overfit(made: Made, fields: dict[str, Any], **more: Any) -> Loop:
 
 def test_early_stopping_ends_with_the_best_weights(made: Made) -> None:
     loop = overfit(made, {"max_steps": 40, "patience": 3})
-    outcome = loop.run()
+    loop.run()
     validations = {line["step"]: line["validation_loss"] for line in lines(loop) if "validation_loss" in line}
     best = min(validations, key=lambda s: validations[s])
-    assert outcome.steps == best + 3 < 40 and outcome.best == validations[best]
+    assert loop.state["step"] == best + 3 < 40 and loop.state["best"] == validations[best]
     assert [line["best"] for line in lines(loop) if "validation_loss" in line][-4:] == [True, False, False, False]
     assert loop.validation_loss() == validations[best]
     stopped_there = overfit(made, {"max_steps": best, "keep_best": False})

@@ -190,6 +190,10 @@ def test_rows_hold_every_tree_once(trees: list[Tree], row_tokens: int, micro_tok
         check_row(row, list(row.trees), row.lanes)
         width = len(row.ids) // row.lanes
         assert width <= max(row_tokens, *map(len, row.trees))
+        lanes = [0] * row.lanes
+        for tree, start in zip(row.trees, row.starts, strict=True):
+            lanes[start // width] += len(tree)
+        assert width in (max(lanes), row_tokens) or width % 64 == 0, "few shapes"
         assert len(row.ids) <= micro_tokens or row.lanes == 1
 
 

@@ -93,15 +93,6 @@ class Batches:
         return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens, self.micro_tokens)
 
 
-@dataclasses.dataclass
-class Outcome:
-    """What a finished run took, and how well it did on validation."""
-
-    steps: int
-    best: float | None
-    last_loss: float
-
-
 class Loop:
     """Trains the trainable parameters of a policy in place."""
 
@@ -147,7 +138,7 @@ class Loop:
             asked_epochs=self.training.max_steps is None and self.training.epochs < 1,
         )
 
-    def run(self) -> Outcome:
+    def run(self) -> None:
         """From the last good checkpoint to the end.
 
         Raises:
@@ -155,7 +146,6 @@ class Loop:
         """
         self._resume()
         saved_at, save_took = time.perf_counter(), 0.0
-        loss = float("nan")
         with self.job.progress(self.steps, "training", done=self.state["step"]) as bar:
             while self.state["step"] < self.steps and not self.state["stopped"]:
                 loss = self._step()
@@ -181,7 +171,6 @@ class Loop:
         self.job.counts.update(
             steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"]
         )
-        return Outcome(self.state["step"], self.state["best"], loss)
 
     def _step(self) -> float:
         """One optimiser step; returns its loss."""

@@ -18,7 +18,7 @@ schedules: Registry[Callable[..., float]] = Registry("schedule")
 @optimizers.register("adamw")
 def adamw(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019): decoupled weight decay, bias-corrected moments."""
-    return torch.optim.AdamW(groups, betas=betas, eps=eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 @optimizers.register("sgd")

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from temper.errors import ModelError
 from temper.models.attention import refuses_trees, smallest_window, tree_mask
-from temper.trees import Node, Row, chain, flatten, join
+from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 16 * 2**20  # logits held at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
@@ -93,17 +94,21 @@ class Policy(nn.Module):
         model = self.inner
         backbone, head = head_of(model)
         hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
-        targets = row.ids.index_select(0, row.tgt)
+        scored = len(row.tgt)
+        # The head's matrix products, too, come in few shapes: see `trees.ROUND`.
+        more = rounded(scored) - scored
+        hidden = functional.pad(hidden, (0, 0, 0, more))
+        targets = functional.pad(row.ids.index_select(0, row.tgt), (0, more))
         chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             logits = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
-            return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
+            return -functional.cross_entropy(logits, t, reduction="none")
 
-        pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])  # type: ignore[misc]
-        return torch.cat([score(h, t) for h, t in pieces])
+        pieces = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
+        if torch.is_grad_enabled() and len(pieces) > 1:  # one chunk alone is no more to keep than to make again
+            return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])[:scored]  # type: ignore[misc]
+        return torch.cat([score(h, t) for h, t in pieces])[:scored]
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
         out = backbone(
