@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -131,7 +132,7 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(made: Made, family: str) ->
         )
         rows = loop.batches.rows(0)
         micro_batches.add(len(rows))
-        loss = loop.gradients(rows)
+        loss, _ = loop.gradients(rows)
         assert loss == pytest.approx(theirs.item(), rel=2e-6)
         error = torch.stack([(p.grad - g).norm() for p, g in zip(model.parameters(), expected, strict=True)]).norm()  # type: ignore[operator]
         assert error / scale < 1e-5
@@ -150,7 +151,7 @@ def test_weights_count_once_over_all_micro_batches(made: Made) -> None:
     total = sum(float((-v.double() * w.double()).sum()) for v, w in values)
     weight = sum(float(w.double().sum()) for _, w in values)
     assert weight == pytest.approx(2 + 11 * 0.25 + 4)
-    assert loop.gradients(rows) == pytest.approx(total / weight, rel=1e-6)
+    assert loop.gradients(rows)[0] == pytest.approx(total / weight, rel=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -413,6 +414,29 @@ def test_metrics_are_json_lines_of_the_documented_shape(made: Made) -> None:
     assert (counts["steps"], counts["tokens"]) == (4, tokens[-1])
     scored = [len(loop.batches.trees[i].tgt) for k in range(4) for i in loop.batches.chosen(k)]
     assert counts["trained_tokens"] == sum(scored)
+
+
+def test_extra_columns_reach_the_loss_and_extras_the_log(made: Made) -> None:
+    """Columns stay with their tokens through packing; extras are logged as the step's weighted mean, however it was cut."""
+    rng = np.random.default_rng(0)
+    trees = [
+        dataclasses.replace(t, weight=rng.uniform(0.5, 2, len(t.tgt)).astype(np.float32),
+                            extra={"mark": t.ids[t.tgt].astype(np.float32)})
+        for t in examples(6)
+    ]  # fmt: skip
+
+    def loss(logps: torch.Tensor, w: torch.Tensor, mark: torch.Tensor) -> Terms:
+        return Terms(-logps * mark, w, {"mark": mark})
+
+    found = []
+    for micro in (64, 1024):
+        loop = made({"max_steps": 1, "batch_size": 6, "row_tokens": 64, "micro_tokens": micro}, trees=trees, loss=loss)
+        for row in loop.batches.rows(0):
+            assert torch.equal(row.extra["mark"], row.ids[row.tgt].float())
+        loop.run()
+        found.append(lines(loop)[0]["mark"])
+    ids, weight = (np.concatenate(p) for p in zip(*((t.ids[t.tgt], t.weight) for t in trees), strict=True))
+    assert found == pytest.approx([float((ids * weight).sum() / weight.sum())] * 2, rel=1e-6)
 
 
 def test_lines_of_later_steps_are_forgotten(tmp_path: Path) -> None:

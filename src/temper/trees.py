@@ -46,6 +46,7 @@ class Tree:
     branch: np.ndarray  # [S] the first branch that the scored token lies on
     tips: np.ndarray  # [B] index of each branch's last token
     origin: str = ""  # where the example came from, for messages
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name → [S], what a loss reads beside
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -136,6 +137,7 @@ class Row:
     trees: tuple[Tree, ...]
     starts: tuple[int, ...]  # index of each tree's first token
     lanes: int = 1
+    extra: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # name → float32 [S]
 
     @property
     def tokens(self) -> int:
@@ -144,7 +146,8 @@ class Row:
 
     def to(self, device: torch.device) -> Row:
         moved = {f.name: v.to(device) for f in dataclasses.fields(self) if torch.is_tensor(v := getattr(self, f.name))}
-        return dataclasses.replace(self, **moved)
+        extra = {name: v.to(device) for name, v in self.extra.items()}
+        return dataclasses.replace(self, **moved, extra=extra)
 
 
 def join(trees: Sequence[Tree]) -> Row:
@@ -167,9 +170,11 @@ def stack(lanes: Sequence[Sequence[Tree]], width: int = 0) -> Row:
         parts = [getattr(t, name) + (0 if shift is None else shift[k]) for k, t in enumerate(trees)]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32 if name == "weight" else np.int64))
 
+    extra = {name: np.concatenate([t.extra[name] for t in trees]).astype(np.float32) for name in trees[0].extra}
     return Row(
         torch.from_numpy(ids), torch.from_numpy(pos), torch.from_numpy(end), cat("tgt", starts), cat("src", starts),
         cat("weight"), cat("branch", first_branch), cat("tips", starts), tuple(trees), tuple(starts), len(lanes),
+        {name: torch.from_numpy(values) for name, values in extra.items()},
     )  # fmt: skip
 
 
@@ -254,4 +259,5 @@ def _part(tree: Tree, branches: list[int]) -> Tree:
     return Tree(
         tree.ids[kept], tree.pos[kept], end, new[tree.tgt[mine]], new[tree.src[mine]], tree.weight[mine],
         np.array([order[int(b)] for b in tree.branch[mine]], np.int32), new[tree.tips[branches]], tree.origin,
+        {name: values[mine] for name, values in tree.extra.items()},
     )  # fmt: skip

@@ -30,7 +30,7 @@ from temper.recipe import Config, detail
 from temper.runfolder import write_atomic
 from temper.trees import Row, Tree, rows_of
 
-Loss = Callable[[torch.Tensor, torch.Tensor], Terms]
+Loss = Callable[..., Terms]  # (what the policy gives of a row [S], weights [S], the row's extra columns by name [S])
 
 
 class Training(Config):
@@ -181,7 +181,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rows = self.batches.rows(step)
-        loss = self.gradients(rows)
+        loss, extras = self.gradients(rows)
         tripwires.check_loss(loss, step + 1, [t.origin for r in rows for t in r.trees], str(self.root))
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -203,23 +203,26 @@ class Loop:
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.state["tokens"],
+            **extras,
         }
         self._log({**line, "tokens_per_second": round(tokens / took, 1), "seconds": round(self.job.seconds(), 2)})
         return loss
 
-    def gradients(self, rows: Sequence[Row]) -> float:
-        """Add the gradients of one optimiser step's rows, and return its loss."""
+    def gradients(self, rows: Sequence[Row]) -> tuple[float, dict[str, float]]:
+        """Add the gradients of one optimiser step's rows; returns its loss and the means of what the loss logs beside."""
         divisor = float(sum(r.weight.sum(dtype=torch.float64) for r in rows))
         self.policy.train()
-        total = 0.0
+        total, extras = 0.0, dict[str, float]()
         for row in rows:
             row = row.to(self.device)
             with autocast(self.device, self.precision):
-                terms = self.loss(self.policy(row), row.weight)
+                terms = self.loss(self.policy(row), row.weight, **row.extra)
             part = (terms.values * terms.weights).sum() / divisor
             self.scaler.scale(part).backward()
             total += float(part.detach())
-        return total
+            for name, values in terms.extras.items():
+                extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor
+        return total, extras
 
     def validation_loss(self) -> float:
         """Mean loss a trained token over the validation rows, dropout off."""
@@ -228,7 +231,7 @@ class Loop:
         with torch.no_grad(), autocast(self.device, self.precision):
             for row in self.validation:
                 row = row.to(self.device)
-                terms = self.loss(self.policy(row), row.weight)
+                terms = self.loss(self.policy(row), row.weight, **row.extra)
                 total += float((terms.values * terms.weights).sum(dtype=torch.float64))
                 weight += float(terms.weights.sum(dtype=torch.float64))
         return total / weight

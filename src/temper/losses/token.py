@@ -18,7 +18,7 @@ class Terms:
     weights: torch.Tensor  # [S], without
     extras: dict[str, torch.Tensor] = dataclasses.field(
         default_factory=dict
-    )  # detached, [S] each, to log; no loss has any yet
+    )  # detached, [S] each; logged as weighted means
 
 
 token_losses: Registry[Callable[..., Terms]] = Registry("token loss")
