@@ -94,7 +94,8 @@ def evaluation_files(folder: Path, rows: int = 40) -> dict[str, Any]:
             value, low, high, p, error = normal([y - x for x, y in pairs])
             evaluation["comparisons"].append(
                 {"metric": metric, "a": a, "b": b, "difference": value, "low": low, "high": high, "p": p,
-                 "p_adjusted": min(1.0, 3 * p), "smallest_detectable": 2.8 * error}
+                 "p_adjusted": min(1.0, 3 * p), "smallest_detectable": 3.61 * error,
+                 "detectable_level": 0.05 / 9}
             )  # fmt: skip
     write_json(folder / "evaluation.json", evaluation)
     return evaluation
@@ -284,6 +285,7 @@ def test_numbers_of_the_page_are_those_of_the_run(finished: Path, page: Page) ->
     assert first[:3] == ["rougeL ↑", "sft − base", f"+{difference:.3f}"] and first[-1] == "better"
     assert f"sft is above base on rougeL by {difference:.3f} (95 % interval" in page.text
     assert "grpo cannot be told apart from sft on rougeL with 40 rows" in page.text
+    assert "in at least 80 % of cases, at p < 0.0056 (0.05 ÷ 9 comparisons" in page.text
     sft = next(row for row in page.table("stage", "status", "time") if row[0] == "sft sft")
     assert sft[2:6] == ["41 s", "812,345 26 % trained", "19,717", "912 MB"]  # 812345 / 41.2 = 19717.1
     assert sft[8] == "81,920 2.2 % of 3.70 M"
@@ -456,7 +458,7 @@ def two(metric: str, higher: bool | None, difference: float, p: float) -> Evalua
         (None, 0.42, 0.00001, "different", {}, "sft is above base on m by 0.420 (95 % interval 0.400 to 0.440, "
          "p adjusted below 0.0001)."),
         (True, 0.01, 0.3, "unclear", {}, "sft cannot be told apart from base on m with 200 rows: difference +0.010 "
-         "(95 % interval −0.010 to 0.030, p adjusted 0.30); a difference of 0.030 could have been shown."),
+         "(95 % interval −0.010 to 0.030, p adjusted 0.30); a true difference of 0.030 would be shown in 80 % of cases."),
         (True, 0.03, 0.06, "unclear", {}, "sft cannot be told apart from base on m with 200 rows: difference +0.030 "
          "(95 % interval 0.010 to 0.050, p adjusted 0.06"),
     ],

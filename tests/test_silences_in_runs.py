@@ -204,7 +204,10 @@ def test_20_comparisons_are_paired_adjusted_together_and_say_what_n_could_show(s
     # all rows but a few move the same way: paired, that shows; the models' own intervals overlap almost wholly
     own = evaluation(smoke_run, "compare")["models"]
     assert loss["high"] - loss["low"] < 0.5 * (own["base"]["loss"]["high"] - own["base"]["loss"]["low"])
-    assert abs(loss["difference"] - pairs.mean()) < 3 * pairs.std() and loss["smallest_detectable"] > 0
+    assert abs(loss["difference"] - pairs.mean()) < 3 * pairs.std()
+    assert loss["detectable_level"] == pytest.approx(0.05 / len(lines))
+    could = 2 / 2 ** len(pairs) < 0.05 / len(lines)  # the clearest p of so few rows, and what Holm asks of it
+    assert (loss["smallest_detectable"] is not None) == could
 
 
 def test_21_an_adapter_whose_base_was_exchanged(smoke_run: Path, tmp_path: Path) -> None:

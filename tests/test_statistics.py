@@ -163,7 +163,7 @@ def test_p_is_never_zero_and_equal_models_have_one():
     rows = np.random.default_rng(0).normal(size=100)
     assert compare(mean(rows), mean(rows + 1), seed=0, resamples=999).p == 1 / 1000
     same = compare(mean(rows), mean(rows), seed=0)
-    assert (same.difference, same.low, same.high, same.p, same.smallest_detectable) == (0, 0, 0, 1, None)
+    assert (same.difference, same.low, same.high, same.p, same.smallest_detectable()) == (0, 0, 0, 1, None)
     tokens = np.random.default_rng(0).integers(1, 9, 100)
     losses = likelihoods(tokens * 0.7, tokens)
     assert compare(losses, losses, seed=0).p == 1
@@ -207,7 +207,7 @@ def test_the_smallest_detectable_difference_is_detected_four_times_in_five():
     base = rng.normal(size=n)
     noise = rng.normal(0, sd, n)
     noise = (noise - noise.mean()) / noise.std(ddof=1) * sd
-    least = compare(mean(base), mean(base + noise), seed=0).smallest_detectable
+    least = compare(mean(base), mean(base + noise), seed=0).smallest_detectable()
     assert least == pytest.approx((1.959964 + 0.841621) * sd / np.sqrt(n), rel=1e-5)
     found = sum(
         compare(mean(base), mean(base + rng.normal(least, sd, n)), seed=s, resamples=400).p < 0.05 for s in range(300)
@@ -215,10 +215,40 @@ def test_the_smallest_detectable_difference_is_detected_four_times_in_five():
     assert 0.72 <= found / 300 <= 0.87  # standard error 2.3 %
 
 
+def test_the_smallest_detectable_difference_holds_after_holm():
+    """Eight comparisons of which one is true: at least four times in five its adjusted p is below 0.05."""
+    rng = np.random.default_rng(7)
+    n, sd, together = 60, 0.3, 8
+    base = rng.normal(size=n)
+    noise = rng.normal(0, sd, n)
+    least = compare(mean(base), mean(base + noise), seed=0).smallest_detectable(together)
+    z = scipy.stats.norm.isf(0.05 / together / 2) + scipy.stats.norm.isf(0.2)
+    assert least == pytest.approx(z * scipy.stats.sem(noise), rel=1e-5)
+    least *= sd / np.std(noise, ddof=1)
+    found = 0
+    for seed in range(200):
+        true = compare(mean(base), mean(base + rng.normal(least, sd, n)), seed=seed, resamples=1000).p
+        adjusted = holm([true, *rng.uniform(size=together - 1)])  # where nothing differs, p is uniform
+        found += adjusted[0] < 0.05
+    assert 0.72 <= found / 200 <= 0.9  # standard error 2.8 %
+
+
 def test_five_rows_can_show_nothing():
     five = compare(mean([1, 2, 3, 4, 5.0]), mean([2, 3.5, 4, 6, 7.0]), seed=0)
-    assert five.p == 2 / 32 and five.smallest_detectable is None
+    assert five.p == 2 / 32 == five.least_p and five.smallest_detectable() is None
     assert compare(mean([1.0]), mean([2.0]), seed=0).p == 1
+
+
+def test_too_few_rows_or_resamples_for_the_level_can_show_nothing():
+    rng = np.random.default_rng(8)
+    a = rng.normal(size=7)
+    seven = compare(mean(a), mean(a + rng.normal(5, 1, 7)), seed=0)
+    assert seven.p == 2 / 128  # the clearest there is
+    assert seven.smallest_detectable(3) is not None and seven.smallest_detectable(4) is None
+    a = rng.normal(size=50)
+    few = compare(mean(a), mean(a + rng.normal(5, 1, 50)), seed=0, resamples=100)
+    assert few.p == 1 / 101
+    assert few.smallest_detectable(5) is not None and few.smallest_detectable(6) is None
 
 
 def test_only_the_same_metric_on_the_same_rows_is_compared():

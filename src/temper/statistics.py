@@ -24,7 +24,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., d] → [...]
 _CHUNK = 1 << 20  # numbers held at once while resampling (8 MB)
 _ROUNDING = 1e-10  # of the metric's own size: sums of the same rows in another order differ by less
 _UNDEFINED = 0.05  # share of resamples without a value beyond which there is no interval
-_POWER, _ALPHA = 0.8, 0.05  # of the smallest detectable difference
+POWER, ALPHA = 0.8, 0.05  # of the smallest detectable difference; ALPHA over all comparisons together
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,38 @@ class Comparison:
         difference: value of b minus value of a.
         low, high: its paired bootstrap interval (BCa).
         p: two-sided, of the paired permutation test; not corrected for other comparisons (`holm` does that).
-        smallest_detectable: the least true difference that so many rows, with differences that vary as these do, would
-            show in 80 % of cases at p < 0.05. A normal approximation.
+        error: standard error of the difference, the jackknife's (of a mean: sd/√n exactly).
+        least_p: the smallest p that so many rows and resamples can give.
     """
 
     difference: float | None
     low: float | None
     high: float | None
     p: float | None
-    smallest_detectable: float | None
+    error: float | None
+    least_p: float | None
+
+    def smallest_detectable(self, comparisons: int = 1) -> float | None:
+        """The least true difference that so many rows, with differences that vary as these do, would show in at least
+        80 % of cases where `comparisons` p-values are adjusted together by `holm` and 0.05 is the limit.
+
+        (z of the test + z of the power) · standard error at the level 0.05 / comparisons: a p below that is significant
+        after Holm's correction whatever the other comparisons give; where others are clear too, a smaller difference
+        may do. A normal approximation.
+
+        Returns:
+            None where the rows say nothing of the spread (they all differ alike), or where rows or resamples are so few
+            that no p can come below that level.
+
+        >>> round(Comparison(0.1, None, None, 0.2, error=1.0, least_p=0.0).smallest_detectable(), 4)  # 1.9600 + 0.8416
+        2.8016
+        >>> round(Comparison(0.1, None, None, 0.2, error=1.0, least_p=0.0).smallest_detectable(10), 4)  # 2.8070 + 0.8416
+        3.6487
+        """
+        level = ALPHA / comparisons
+        if self.error is None or self.least_p is None or self.least_p >= level:
+            return None
+        return float(ndtri(1 - level / 2) + ndtri(POWER)) * self.error
 
 
 def interval(scores: Scores, *, seed: int, resamples: int = 10_000, level: float = 0.95) -> tuple[float, float] | None:
@@ -79,11 +102,12 @@ def compare(a: Scores, b: Scores, *, seed: int, resamples: int = 10_000, level: 
     stats = np.concatenate([a.stats, b.stats], axis=1).astype(np.float64)
     value_a, value_b = float(value(a.stats.sum(0))), float(value(b.stats.sum(0)))
     if not np.isfinite([value_a, value_b]).all():
-        return Comparison(None, None, None, None, None)
+        return Comparison(None, None, None, None, None, None)
     scale = max(abs(value_a), abs(value_b))
     low, high = _interval(stats, difference, scale, seed, resamples, level) or (None, None)
     p = _permutation_p(stats, difference, scale, seed, resamples)
-    return Comparison(value_b - value_a, low, high, p, _smallest_detectable(stats, difference, scale))
+    error = _standard_error(stats, difference, scale)
+    return Comparison(value_b - value_a, low, high, p, error, _least_p(len(stats), resamples))
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
@@ -173,7 +197,7 @@ def _permutation_p(stats: np.ndarray, difference: Statistic, scale: float, seed:
     stats: [n, 2d], a's statistics and then b's. All 2^n swaps are tried where there are no more than `resamples`.
     """
     n, both = stats.shape
-    exact = n < 63 and 2**n <= resamples
+    exact = _exact(n, resamples)
     total = stats.sum(0)
     change = np.roll(stats, both // 2, axis=1) - stats  # what swapping a row adds to the sums
     least = abs(float(difference(total))) - _ROUNDING * scale
@@ -197,19 +221,21 @@ def _random_swaps(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
         yield rng.integers(0, 2, (size, n), dtype=np.int8).astype(np.float64)
 
 
-def _smallest_detectable(stats: np.ndarray, difference: Statistic, scale: float) -> float | None:
-    """(z of the test + z of the power) · standard error; the error is the jackknife's, for a mean sd/√n exactly.
+def _exact(n: int, resamples: int) -> bool:
+    """Whether all swaps of n rows are tried."""
+    return n < 63 and 2**n <= resamples
 
-    None where the rows say nothing of the spread (they all differ alike), or where they are so few that the clearest
-    difference has p = 2/2^n > 0.05.
-    """
+
+def _least_p(n: int, resamples: int) -> float:
+    """p of the clearest difference: no swap comes near it but the one of all rows, which turns its sign."""
+    return 2 / 2**n if _exact(n, resamples) else max(1 / (1 + resamples), 2 / 2 ** min(n, 63))
+
+
+def _standard_error(stats: np.ndarray, difference: Statistic, scale: float) -> float | None:
+    """The jackknife's; None where the rows say nothing of the spread."""
     n = len(stats)
-    if 2 / 2 ** min(n, 63) > _ALPHA:
-        return None
     left_out = _jackknife(stats, difference)
-    if not np.isfinite(left_out).all():
+    if n < 2 or not np.isfinite(left_out).all():
         return None
     error = float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
-    if error <= _ROUNDING * scale:
-        return None
-    return float(ndtri(1 - _ALPHA / 2) + ndtri(_POWER)) * error
+    return error if error > _ROUNDING * scale else None

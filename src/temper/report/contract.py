@@ -101,6 +101,7 @@ class Comparison(BaseModel):
     p: float | None = None
     p_adjusted: float | None = None
     smallest_detectable: float | None = None
+    detectable_level: float | None = None  # the p below which that difference counts as shown
 
 
 class Spread(BaseModel):

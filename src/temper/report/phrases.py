@@ -190,7 +190,9 @@ def compared(c: Comparison, evaluation: Evaluation) -> Finding:
         if c.difference is not None:
             text += f": difference {number(c.difference, places, sign=True)}{_sureness(c, c.low, c.high)}"
         if c.smallest_detectable is not None:
-            text += f"; a difference of {number(c.smallest_detectable, places)} could have been shown"
+            text += f"; a true difference of {number(c.smallest_detectable, places)} would be shown in 80 % of cases"
+        elif rows is not None and c.detectable_level is not None and 2.0 ** (1 - min(rows, 1000)) >= c.detectable_level:
+            text += "; no difference, however large, could have been shown with so few"
         return Finding(kind, text + ".")
     assert c.difference is not None  # verdict() calls a missing difference unclear
     up = c.difference > 0

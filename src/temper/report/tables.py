@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from temper.report.contract import Card, Evaluation
 from temper.report.phrases import (
+    ALPHA,
     NONE,
     arrow,
     compact,
@@ -149,7 +150,18 @@ def comparisons_table(evaluation: Evaluation) -> Table:
             ]
         )
     notes = ["Paired over the same rows. p adjusted: Holm's correction over the comparisons of this evaluation."]
-    return Table(head, body, notes=notes)
+    return Table(head, body, notes=[*notes, *_of_detectable(evaluation)])
+
+
+def _of_detectable(evaluation: Evaluation) -> list[str]:
+    """What the smallest detectable difference stands for here."""
+    level = next((c.detectable_level for c in evaluation.comparisons if c.smallest_detectable is not None), None)
+    if level is None:
+        return []
+    text = "Smallest detectable: the true difference that so many rows would show in at least 80 % of cases"
+    together = round(ALPHA / level)
+    divided = f" ({ALPHA} ÷ {together} comparisons, where Holm's correction begins)" if together > 1 else ""
+    return [f"{text}, at p < {level:.2g}{divided}."]
 
 
 def spread_table(evaluation: Evaluation) -> Table:

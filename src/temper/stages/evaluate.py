@@ -34,6 +34,7 @@ class Evaluate(Stage):
     """Scores with intervals for every model, and paired comparisons with the first and with the one before."""
 
     kind = "evaluate"
+    version = 2
     reads_replicas = True
     reads_split = "test"
 
@@ -226,19 +227,20 @@ class Evaluate(Stage):
         """Each model against the first and against the one before it, adjusted together (Holm)."""
         first = [(self.models[0], b) for b in self.models[1:]]
         before = [pair for pair in itertools.pairwise(self.models) if pair not in first]
-        out: list[dict[str, Any]] = []
-        for a, b in first + before:
-            for metric, ours in scores[a].items():
-                if ours.signature != scores[b][metric].signature:
-                    continue
-                c = statistics.compare(ours, scores[b][metric], seed=seed, resamples=self.resamples)
-                out.append(
-                    {"metric": metric, "a": a, "b": b, "difference": _number(c.difference), "low": _number(c.low), "high": _number(c.high),
-                     "p": _number(c.p), "p_adjusted": None, "smallest_detectable": _number(c.smallest_detectable)}
-                )  # fmt: skip
-        for line, p in zip(out, statistics.holm([line["p"] for line in out]), strict=True):
-            line["p_adjusted"] = _number(p)
-        return out
+        made = [
+            (metric, a, b, statistics.compare(ours, scores[b][metric], seed=seed, resamples=self.resamples))
+            for a, b in first + before
+            for metric, ours in scores[a].items()
+            if ours.signature == scores[b][metric].signature
+        ]
+        together = sum(c.p is not None for *_, c in made) or 1
+        adjusted = statistics.holm([c.p for *_, c in made])
+        return [
+            {"metric": metric, "a": a, "b": b, "difference": _number(c.difference), "low": _number(c.low), "high": _number(c.high),
+             "p": _number(c.p), "p_adjusted": _number(p), "smallest_detectable": _number(c.smallest_detectable(together)),
+             "detectable_level": statistics.ALPHA / together}
+            for (metric, a, b, c), p in zip(made, adjusted, strict=True)
+        ]  # fmt: skip
 
     def _write_rows(self, job: Job, outputs: dict[str, Outputs], scores: dict[str, dict[str, Scores]]) -> None:
         first = outputs[self.models[0]]
