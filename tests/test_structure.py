@@ -35,7 +35,7 @@ ONLY = {
     "losses": {"registry"},
     "metrics": {"errors", "registry", "types"},
     "statistics": {"types"},
-    "rollouts": {"errors", "recipe"},
+    "rollouts": {"errors", "recipe", "models"},
     "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
 }

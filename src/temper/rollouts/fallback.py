@@ -1,96 +1,113 @@
-"""Decoding by transformers' own `generate`: every model that it can decode, decoded as it would be elsewhere."""
+"""Decoding by transformers' `generate`: slower, and right for every model that it can decode.
+
+Only the forward passes are its own. Tokens are drawn by the same code and the same noise as in the native sampler.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import Field
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from temper.errors import DataError
-from temper.recipe import Config
-
-
-class Decoding(Config):
-    """How answers are decoded. Temperature 0 is greedy."""
-
-    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
-    temperature: float = Field(default=0.0, ge=0, description="0: greedy; otherwise the softmax's temperature.")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability."
-    )
-    top_k: int | None = Field(default=None, ge=1, description="Sample from this many most likely tokens.")
-    repetition_penalty: float = Field(
-        default=1.0, gt=0, description="Above 1: tokens already there become less likely."
-    )
+from temper.rollouts.decoding import Draft
+from temper.rollouts.distribution import draw
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """Token ids of an answer without its end token, and whether the model ended it itself."""
+class _Drawn(LogitsProcessor):
+    """Draws each row's token and leaves `generate` no other choice."""
 
-    ids: list[int]
-    ended: bool
+    def __init__(self, prompts: Sequence[Sequence[int]], noise: np.ndarray, drafts: list[Draft]) -> None:
+        self.prompts, self.noise, self.drafts = prompts, torch.from_numpy(noise), drafts
+        self.seen: torch.Tensor | None = None
+        self.position = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float()
+        decoding = self.drafts[0].decoding
+        if decoding.repetition_penalty != 1 and self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in enumerate(self.prompts):  # not `input_ids`, which holds padding
+                self.seen[row, torch.tensor(prompt, device=logits.device)] = True
+        noise = self.noise[:, self.position].to(logits.device)
+        tokens, logps, raw = draw(logits, noise, decoding, self.seen)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        self.position += 1
+        drawn = zip(self.drafts, tokens.tolist(), logps.tolist(), raw.tolist(), strict=True)
+        for draft, token, logp, plain in drawn:
+            if draft.done is None:
+                draft.add(token, logp, plain)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-@torch.no_grad()
-def generate(
-    hf: Any,
+class _Done(StoppingCriteria):
+    """A row ends when its draft does."""
+
+    def __init__(self, drafts: list[Draft]) -> None:
+        self.drafts = drafts
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        return torch.tensor([d.done is not None for d in self.drafts], device=input_ids.device)
+
+
+def decode(
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
+    noise: np.ndarray,
+    drafts: list[Draft],
     *,
-    end_ids: Sequence[int],
     pad_id: int,
-    batch_size: int = 32,
-    seed: int = 0,
+    slots: int,
+    padded: bool = True,
     progress: Callable[[int], Any] | None = None,
-) -> list[Completion]:
-    """Answers to prompts, in their order. Prompts of like length are decoded together, padded on the left.
+) -> None:
+    """Write every draft to its end, batches of up to `slots` prompts of like length together, padded on the left.
 
-    Raises:
-        DataError: an empty prompt.
+    Args:
+        prompts: one a draft, token ids.
+        noise: float64 [drafts, max_new_tokens].
+        padded: False for a model to which padding is not invisible: only prompts of equal length go together.
+        progress: called with the number of drafts that a batch finished.
     """
-    hf.eval()
-    device = next(hf.parameters()).device
+    device = next(model.parameters()).device
     settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature > 0,
-        repetition_penalty=decoding.repetition_penalty,
-        eos_token_id=sorted(end_ids),
-        pad_token_id=pad_id,
-        **(
-            {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or 0}
-            if decoding.temperature > 0
-            else {}
-        ),
-    )
-    for k, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError("a prompt has no tokens", where=f"prompt {k}")
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    out: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        taken = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in taken)
-        ids = torch.full((len(taken), width), pad_id)
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(taken):
-            ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[line, width - len(prompts[i]) :] = 1
-        torch.manual_seed(seed * 1_000_003 + start)
-        found = hf.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
-        for i, tokens in zip(taken, found[:, width:].tolist(), strict=True):
-            out[i] = _until_end(tokens, set(end_ids))
-        if progress is not None:
-            progress(len(taken))
-    return [out[i] for i in range(len(prompts))]
+        max_new_tokens=drafts[0].decoding.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad_id
+    )  # fmt: skip
+    kept = model.generation_config
+    # What the model's own settings ask for (a penalty, forced tokens) would fill whatever ours leave open.
+    model.generation_config = settings
+    try:
+        for taken in _batches([len(p) for p in prompts], slots, padded):
+            width = max(len(prompts[i]) for i in taken)
+            ids = torch.full((len(taken), width), pad_id)
+            mask = torch.zeros_like(ids)
+            for line, i in enumerate(taken):
+                ids[line, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[line, width - len(prompts[i]) :] = 1
+            mine = [drafts[i] for i in taken]
+            model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=[_Drawn([prompts[i] for i in taken], noise[taken], mine)],
+                stopping_criteria=[_Done(mine)],
+            )
+            if progress is not None:
+                progress(len(taken))
+    finally:
+        model.generation_config = kept
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> Completion:
-    for k, token in enumerate(tokens):
-        if token in ends:
-            return Completion(tokens[:k], True)
-    return Completion(tokens, False)
+def _batches(lengths: list[int], slots: int, padded: bool) -> Iterator[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == slots or (not padded and lengths[i] != lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -21,7 +21,8 @@ from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
-from temper.rollouts.fallback import Decoding, generate
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_json, write_json
 from temper.stages.sft import format_of, tree_of
 from temper.stages.training import TRAINED_ON, fingerprint, settle
@@ -146,10 +147,10 @@ class Evaluate(Stage):
                         do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
                     )
             with job.progress(len(prompts), f"{name} answers") as bar, devices.autocast(device, precision):
-                answers = generate(
-                    hf, prompts, self.decoding, end_ids=sorted(encoder.end_ids), pad_id=tokenizer.pad_token_id,
-                    batch_size=self.batch_size, seed=job.seed, progress=bar,
-                )  # fmt: skip
+                sampler = Sampler(hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
+                job.say(f"{name} answers: {sampler.reason}")
+                found = sampler.sample(prompts, self.decoding, seed=job.seed, progress=bar)
+                answers = [one for (one,) in found]
             out["predictions"] = [
                 t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
             ]

@@ -12,7 +12,8 @@ from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
-from temper.rollouts.fallback import Decoding, generate
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.sampler import Sampler
 from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
@@ -77,15 +78,11 @@ class Sft(TrainingStage):
         if not shown:
             return None
 
+        tok = encoder.tokenizer
+        sampler = Sampler(policy.hf, tok, end_ids=encoder.end_ids)
+
         def sample() -> list[dict[str, str]]:
-            tok = encoder.tokenizer
-            answers = generate(
-                policy.hf,
-                encoder.prompts(shown),
-                Decoding(max_new_tokens=64),
-                end_ids=sorted(encoder.end_ids),
-                pad_id=tok.pad_token_id,
-            )
+            answers = [one for (one,) in sampler.sample(encoder.prompts(shown), Decoding(max_new_tokens=64))]
             return [
                 {
                     "prompt": encoder.prompt_text(r.row),

@@ -1,0 +1,109 @@
+"""What is asked of a sampler, what it gives, and the bookkeeping of one completion while it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from temper.recipe import Config
+
+# A stop string is looked for in the last tokens alone; a token gives at least one byte, and the first few of a window
+# may decode otherwise than within the whole (a stripped space, half a character).
+MARGIN = 8
+
+
+class Decoding(Config):
+    """How answers are decoded. Temperature 0 is greedy."""
+
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy; otherwise the softmax's temperature.")
+    top_k: int | None = Field(default=None, ge=1, description="Sample from this many most likely tokens.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Sample from tokens at least this share as likely as the likeliest."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="Above 1: tokens already there become less likely."
+    )
+    stop: list[str] = Field(
+        default=[], description="Strings that end an answer; what stands before them is kept, they are not."
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty stop string would end every answer before its first token")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer, with the log-probability of every token that was sampled.
+
+    `logps` and `raw` are float32 of length len(ids) + (end is not None): under the distribution really sampled from
+    (after penalty, temperature, top-k, top-p, min-p; greedy decoding is certain, 0), and under the model's plain
+    softmax. A stop string may begin inside a token; that token and those after it are left out, and `text` has the
+    text up to the string exactly.
+    """
+
+    ids: list[int]  # without the end token
+    ended: bool  # by an end token or a stop string, not by the limit
+    end: int | None  # the end token that closed it; None if cut or stopped by a string
+    logps: np.ndarray
+    raw: np.ndarray
+    text: str | None = None  # of an answer that a stop string ended
+
+
+class Draft:
+    """A completion while it is written."""
+
+    def __init__(self, decoding: Decoding, ends: frozenset[int], tokenizer: Any) -> None:
+        self.decoding, self.ends, self.tokenizer = decoding, ends, tokenizer
+        self.ids: list[int] = []
+        self.logps: list[float] = []
+        self.raw: list[float] = []
+        self.done: Completion | None = None
+        self.window = max((len(s.encode()) for s in decoding.stop), default=0) + MARGIN
+
+    def add(self, token: int, logp: float, raw: float) -> bool:
+        """Take a sampled token; True when the completion is finished."""
+        self.logps.append(logp)
+        self.raw.append(raw)
+        if token in self.ends:
+            self._finish(len(self.ids), end=token)
+            return True
+        self.ids.append(token)
+        if self.decoding.stop and self._stopped():
+            return True
+        if len(self.ids) == self.decoding.max_new_tokens:
+            self._finish(len(self.ids))
+            return True
+        return False
+
+    def _finish(self, kept: int, *, end: int | None = None, text: str | None = None) -> None:
+        n = kept + (end is not None)
+        logps, raw = (np.array(values[:n], np.float32) for values in (self.logps, self.raw))
+        self.done = Completion(self.ids[:kept], end is not None or text is not None, end, logps, raw, text)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _stopped(self) -> bool:
+        tail = self._text(self.ids[-self.window :])
+        if not any(s in tail for s in self.decoding.stop):
+            return False
+        whole = self._text(self.ids)
+        places = [at for s in self.decoding.stop if (at := whole.find(s)) >= 0]
+        if not places:
+            return False
+        text = whole[: min(places)]
+        kept = next(n for n in range(len(self.ids), -1, -1) if text.startswith(self._text(self.ids[:n])))
+        self._finish(kept, text=text)
+        return True

@@ -1,0 +1,141 @@
+"""From logits to tokens: the distribution that is sampled from, noise that belongs to its token, inverse CDF.
+
+Legend: R rows decoded together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from temper.rollouts.decoding import Decoding
+
+CANDIDATES = 1024  # top-p looks among this many; rows whose mass lies wider are sorted whole
+BLOCK = 256  # tokens summed at once on the way to the inverse CDF
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014), elementwise on uint64; it wraps around on purpose."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniforms(n: int, *key: int) -> np.ndarray:
+    """The first `n` numbers of the stream that belongs to `key`, float64 in [0, 1).
+
+    A SplitMix64 stream whose start is a hash of the key: token t of a completion has number t, wherever and with
+    whatever it is drawn.
+
+    >>> bool((uniforms(3, 7, 1) == uniforms(5, 7, 1)[:3]).all()), bool((uniforms(3, 7, 1) == uniforms(3, 1, 7)).any())
+    (True, False)
+    """
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mixed(state + np.array([part & 0xFFFFFFFFFFFFFFFF], np.uint64) + _GAMMA)
+    stream = state + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA
+    return (_mixed(stream) >> np.uint64(11)) * 2.0**-53
+
+
+def warped(logits: torch.Tensor, decoding: Decoding, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the distribution sampled from, float32 [R, V], −∞ where a token is ruled out; `logits` stays as it is.
+
+    Penalty, temperature, top-k, top-p, min-p, in this order, which is transformers'. Tokens as likely as the last one
+    that top-k or top-p keeps are kept too, so the outcome does not depend on how a sort breaks ties.
+
+    Args:
+        logits: float32 [R, V].
+        decoding: its temperature must be above 0 unless all that is wanted is the penalty.
+        seen: bool [R, V], tokens of prompt and completion so far; needed only with a repetition penalty.
+    """
+    if decoding.repetition_penalty != 1:  # Keskar et al. 2019, as everybody has it: divide above 0, multiply below
+        assert seen is not None
+        penalty = decoding.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if decoding.temperature == 0:
+        return logits
+    if decoding.temperature != 1:
+        logits = logits / decoding.temperature
+    if decoding.top_k is not None and decoding.top_k < logits.shape[-1]:
+        least = logits.topk(decoding.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if decoding.top_p < 1:
+        logits = logits.masked_fill(logits < _nucleus(logits, decoding.top_p), -torch.inf)
+    if decoding.min_p > 0:
+        least = logits.amax(-1, keepdim=True) + float(np.log(decoding.min_p))
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest logit [R, 1] of the smallest set whose probability reaches top_p (Holtzman et al. 2019)."""
+    total = logits.logsumexp(-1, keepdim=True)
+
+    def least(these: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mass = (values - these).double().exp().cumsum(-1)
+        before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)  # of the tokens before this one
+        last = (before < top_p).sum(-1, keepdim=True) - 1
+        return values.gather(-1, last), mass[:, -1] >= top_p
+
+    few = min(CANDIDATES, logits.shape[-1])
+    found, enough = least(total, logits.topk(few, dim=-1).values)
+    if few < logits.shape[-1] and not bool(enough.all()):
+        wide = (~enough).nonzero()[:, 0]
+        found[wide] = least(total[wide], logits[wide].sort(dim=-1, descending=True).values)[0]
+    return found
+
+
+def draw(
+    logits: torch.Tensor, noise: torch.Tensor, decoding: Decoding, seen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens int64 [R], their log-probabilities under what was sampled from, and under the plain softmax, float32 [R].
+
+    Args:
+        logits: float32 [R, V], the model's own.
+        noise: float64 [R] in [0, 1), one number a row.
+        seen: see `warped`.
+    """
+    ours = warped(logits, decoding, seen)
+    if decoding.temperature == 0:
+        tokens = ours.argmax(-1)
+        raw = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        return tokens, torch.zeros_like(raw), raw
+    tokens, logps = _inverse_cdf(ours, noise)
+    if ours is logits:
+        return tokens, logps, logps
+    return tokens, logps, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _inverse_cdf(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token t with P(tokens before t) ≤ noise < P(tokens up to t), and its log-probability.
+
+    In two steps, block and token within it: sums of blocks are fast where a running sum over the vocabulary is not,
+    and both running sums are short enough for float64.
+    """
+    rows, vocabulary = logits.shape
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, BLOCK - vocabulary % BLOCK))
+    weights = weights.view(rows, -1, BLOCK)
+    blocks = weights.sum(-1).double().cumsum(-1)  # [R, blocks]
+    total = blocks[:, -1:]
+    block, rest = _found(blocks, noise[:, None] * total)
+    within = weights[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)  # [R, BLOCK]
+    place, _ = _found(within, rest)
+    tokens = (block * BLOCK + place)[:, 0]
+    logps = logits.gather(-1, tokens[:, None]) - top - total.log().float()
+    return tokens, logps[:, 0]
+
+
+def _found(sums: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First place [R, 1] of the running sums [R, N] above `wanted`, and what of `wanted` remains there.
+
+    Rounding must not carry `wanted` past the end: a place that adds nothing is never found.
+    """
+    wanted = torch.minimum(wanted, torch.nextafter(sums[:, -1:], torch.zeros_like(wanted)))
+    place = torch.searchsorted(sums, wanted, right=True)
+    before = torch.where(place > 0, sums.gather(-1, (place - 1).clamp(min=0)), 0.0)
+    return place, wanted - before

@@ -1,0 +1,110 @@
+"""The sampler: prompts as token ids in, completions with their log-probabilities out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from temper.errors import DataError
+from temper.rollouts import fallback
+from temper.rollouts.decoding import Completion, Decoding, Draft
+from temper.rollouts.distribution import uniforms
+
+Layout = Literal["native", "generate"]
+
+
+class Sampler:
+    """Samples from one model, whose weights may change between calls: nothing that depends on them is kept.
+
+    Make it in the precision (autocast) in which it will be called. `layout` and `reason` say how it decodes, and why.
+
+    Args:
+        hf: a transformers model, or a PEFT model around one, whose active adapter takes part.
+        tokenizer: for stop strings and padding.
+        end_ids: tokens that end a completion; none: only the limit does.
+        slots: completions decoded together.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, *, end_ids: Iterable[int], slots: int = 64) -> None:
+        self.hf, self.tokenizer, self.slots = hf, tokenizer, slots
+        self.ends = frozenset(end_ids)
+        self.layout: Layout = "generate"
+        self.reason = "decoded by transformers' generate"
+        self.padded = True
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The transformers model within; its LoRA layers stay active."""
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        completions: int = 1,
+        seed: int = 0,
+        step: int = 0,
+        numbers: Sequence[int] | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Completion]]:
+        """`completions` answers to every prompt, in their order.
+
+        The noise of a token is a function of (seed, step, the prompt's number, the completion's, the token's place):
+        a sample does not change with what else is asked for, with the order or with `slots`, but for ties within
+        rounding. A caller that draws different prompts under one seed and step gives them different `numbers`.
+        Whether a prompt and `max_new_tokens` fit the model's context is the caller's to check.
+
+        Args:
+            numbers: one a prompt; by default its index.
+            progress: called with a number of newly finished completions.
+
+        Raises:
+            DataError: an empty prompt.
+        """
+        for k, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise DataError("a prompt has no tokens", where=f"prompt {k}")
+        named = range(len(prompts)) if numbers is None else numbers
+        asked = [(i, k) for i in range(len(prompts)) for k in range(completions)]
+        length = decoding.max_new_tokens
+        noise = np.stack([uniforms(length, seed, step, named[i], k) for i, k in asked]) if asked else np.zeros((0, 0))
+        drafts = [Draft(decoding, self.ends, self.tokenizer) for _ in asked]
+        with _evaluating(self.hf):
+            self._decode([prompts[i] for i, _ in asked], noise, drafts, progress)
+        done = [d.done for d in drafts]
+        return [
+            [c for c in done[i * completions : (i + 1) * completions] if c is not None] for i in range(len(prompts))
+        ]
+
+    def _decode(
+        self,
+        prompts: list[Sequence[int]],
+        noise: np.ndarray,
+        drafts: list[Draft],
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        pad = self.tokenizer.pad_token_id
+        if drafts:
+            fallback.decode(
+                self.inner, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots,
+                padded=self.padded, progress=progress,
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _evaluating(hf: torch.nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every module is in the mode in which it was."""
+    modes = [(m, m.training) for m in hf.modules()]
+    hf.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
