@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from staged_runs import ENVIRONMENT
@@ -540,3 +543,17 @@ def test_a_table_in_a_file_has_one_plain_line_a_row(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "\x1b" not in "".join(lines)
     assert lines[2].split() == ["bb", "y", "22"] and lines[1].endswith(" 1")
+
+
+def test_a_terminal_breaks_lines_between_words_and_never_a_path() -> None:
+    path = "/a/long/path/to/some/report/index.html"
+    text = f"warning: a sentence that is longer than a line\n\n  indented and longer than a line of thirty\n{path} is there"
+    console = Console(file=io.StringIO(), force_terminal=True, width=30, color_system=None)
+    terminal.show(console, Text(text))
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= 30 or line == path for line in lines) and path in lines
+    assert lines[2] == "" and lines[3:5] == ["  indented and longer than a", "  line of thirty"]
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    in_a_file = Console(file=io.StringIO(), force_terminal=False, width=30)
+    terminal.show(in_a_file, Text(text))
+    assert in_a_file.file.getvalue() == text + "\n"

@@ -22,9 +22,9 @@ SOURCE = Path(temper.__file__).parent
 
 # Each may import what stands above it, and files of its own folder.
 ORDER = [
-    "errors", "types", "registry", "overlay", "recipe", "runfolder", "hub", "manifest", "job", "pipeline",
+    "errors", "types", "registry", "overlay", "recipe", "runfolder", "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "metrics", "statistics", "rollouts", "engine", "stages",
-    "shapes", "predict", "plan", "report", "app", "fields", "doctor", "terminal", "cli",
+    "shapes", "predict", "plan", "report", "app", "fields", "doctor", "cli",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from temper import hub
+from temper import hub, terminal
 from temper import recipe as recipes
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json, write_json
@@ -22,11 +23,11 @@ class Log:
     """The same lines on the terminal and in pipeline.log; progress bars only on a terminal."""
 
     def __init__(self, file: Path | None, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = Console(highlight=False, quiet=quiet)
         self.file = file
 
     def __call__(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False)
+        terminal.show(self.console, Text(text, style=style))
         if self.file is not None:
             stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             with (

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
-import typer
 from rich.console import Console
+from rich.text import Text
+
+WIDTH = 80  # of what goes to a file as well as to a terminal
 
 
 def tell(what: str, where: str = "", do: str = "", *, head: str = "error") -> None:
     """A few lines on stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
     for name, text, style in ((head, what, "bold red"), ("where", where, "bold"), ("do", do, "bold")):
         if text:
-            console.print(f"{name}:", style=style, end=" ")
-            console.print(text, markup=False)
+            show(console, Text.assemble((f"{name}:", style), " ", text))
 
 
 def say(text: str) -> None:
-    """Lines on stdout; the terminal wraps them."""
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    """Lines on stdout."""
+    show(Console(highlight=False), Text(text))
+
+
+def show(console: Console, text: Text) -> None:
+    """Lines that are broken between words on a terminal and nowhere else; a long path is never broken, so it can be copied."""
+    if console.is_terminal:  # rich would break a word that is longer than a line
+        text = Text("\n").join(
+            line for whole in text.split("\n", allow_blank=True) for line in _lines(whole, console.width)
+        )
+    console.print(text, soft_wrap=True)
+
+
+def _lines(text: Text, width: int) -> list[Text]:
+    """One line as several of at most `width` characters, all indented as it is."""
+    indent = " " * (len(text.plain) - len(text.plain.lstrip()))
+    cuts = textwrap.wrap(
+        text.plain, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )  # fmt: skip
+    out, start = [], 0
+    for cut in cuts:
+        found = text.plain.index(cut.strip(), start)
+        start = found + len(cut.strip())
+        out.append(Text(indent) + text[found:start])
+    return out or [Text("")]
 
 
 def table(heads: list[str], rows: Sequence[Sequence[str]], *, fixed: int = 1, numbers: int = 0) -> None:
-    """A table that wraps on a terminal, and has one plain line a row elsewhere.
+    """A table that wraps within its columns on a terminal, and has one plain line a row elsewhere.
 
     Args:
         fixed: so many first columns are never broken: names must stay copyable.
@@ -31,7 +56,6 @@ def table(heads: list[str], rows: Sequence[Sequence[str]], *, fixed: int = 1, nu
     """
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -43,13 +67,24 @@ def table(heads: list[str], rows: Sequence[Sequence[str]], *, fixed: int = 1, nu
     if console.is_terminal:
         console.print(table)
         return
+    for line in columns(heads, rows, numbers=numbers):
+        show(console, Text(line))
+
+
+def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0) -> list[str]:
+    """A table as lines, each column as wide as its longest cell; `numbers` last columns are right-aligned.
+
+    >>> columns(["stage", "time"], [("sft", "41 s"), ("evaluate", "7 s")], numbers=1)
+    ['stage     time', 'sft       41 s', 'evaluate   7 s']
+    """
     widths = [max(len(row[k]) for row in [heads, *rows]) for k in range(len(heads))]
-    for row in [heads, *rows]:
-        cells = [
-            c.rjust(w) if k >= len(heads) - numbers else c.ljust(w)
-            for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  ".join(cells).rstrip())
+    right = len(heads) - numbers
+    return [
+        "  ".join(
+            c.rjust(w) if k >= right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [heads, *rows]
+    ]
 
 
 def count(n: float | None) -> str:

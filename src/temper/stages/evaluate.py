@@ -24,6 +24,7 @@ from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_json, write_json
+from temper.stages import summary
 from temper.stages.sft import format_of, tree_of
 from temper.stages.training import TRAINED_ON, fingerprint, settle
 from temper.trees import rows_of
@@ -160,6 +161,8 @@ class Evaluate(Stage):
                     f"{cut} of {len(answers)} answers of {name} were cut by max_new_tokens "
                     f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
                 )
+            for odd in summary.oddities(name, _outputs(out)):
+                job.warn(odd)
         if metrics.needs_likelihood(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
             out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
@@ -258,27 +261,15 @@ class Evaluate(Stage):
         pyarrow.parquet.write_table(pyarrow.table(table), job.dir / "rows.parquet")
 
     def _say(self, job: Job, entry: dict[str, Any]) -> None:
-        lines = []
-        for name, values in entry["models"].items():
-            shown = "  ".join(f"{m} {_shown(v)}" for m, v in values.items())
-            lines.append(f"{name}: {shown}")
-        for c in entry["comparisons"]:
-            if c["difference"] is not None and c["p_adjusted"] is not None and c["low"] is not None:
-                lines.append(
-                    f"{c['b']} − {c['a']}, {c['metric']}: {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}), adjusted p {c['p_adjusted']:.2g}"
-                )
-        job.summary = "\n".join(lines)
+        rows = entry["data"]["rows"]
+        level = statistics.ALPHA / (sum(c["p"] is not None for c in entry["comparisons"]) or 1)
+        if entry["comparisons"] and 1 / (1 + self.resamples) >= level > 2.0 ** (1 - min(rows, 1000)):
+            job.warn(
+                f"resamples: {self.resamples} gives no p below {1 / (1 + self.resamples):.2g}, and Holm's correction asks for "
+                f"{level:.2g} of the clearest comparison: nothing could be shown; raise resamples or ask fewer metrics"
+            )
+        job.summary = f"{entry['data']['name']}, {rows:,} rows; 95 % intervals\n{summary.tables(entry)}"
         job.say(job.summary)
-
-
-def _shown(v: dict[str, Any]) -> str:
-    if v["value"] is None:
-        return "–"
-    return _short(v["value"]) + (f" ({_short(v['low'])}–{_short(v['high'])})" if v["low"] is not None else "")
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _number(value: float | None) -> float | None:
@@ -308,6 +299,7 @@ def _spread(scores: dict[str, dict[str, Scores]], copies: dict[str, str]) -> dic
         family = [name, *(c for c, of in copies.items() if of == name)]
         out[name] = {}
         for metric in scores[name]:
-            values = [scores[n][metric].value for n in family]
-            out[name][metric] = {"values": values, "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+            values = [_number(scores[n][metric].value) for n in family]
+            mean, sd = (None, None) if None in values else (float(np.mean(values)), float(np.std(values, ddof=1)))  # type: ignore[arg-type]
+            out[name][metric] = {"values": values, "mean": mean, "sd": sd}
     return out
