@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,13 +60,37 @@ class Training(Config):
     activation_checkpointing: bool = detail(
         False, "Recompute activations in the backward pass: less memory, a third more time."
     )
-    evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
-    keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
-    patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
     checkpoint_every: int | None = detail(
         None, "Steps between checkpoints; null: by time, at most 5 % of it.", ge=1, affects_result=False
     )
     keep_checkpoints: int = detail(2, "Newest checkpoints kept while training.", ge=1, affects_result=False)
+
+
+class Validated(Training):
+    """Fields of the stages that look at a validation split while they train."""
+
+    evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
+    keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
+    patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
+
+
+class Source(Protocol):
+    """Where the loop takes its rows from."""
+
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimiser steps that see all the data once."""
+        ...
+
+    def rows(self, step: int) -> list[Row]:
+        """The micro-batches of a step, counted from 0; asked for in the order of steps."""
+        ...
+
+    def ready(self, step: int) -> bool:
+        """Whether a run can go on at this step. What came from weights that are gone must have been kept."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +109,14 @@ class Batches:
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the examples of a step, counted from 0."""
-        epoch, k = divmod(step, self.per_epoch)
-        return _order(self.seed, epoch, len(self.trees))[k * self.size : (k + 1) * self.size].tolist()
+        return chosen(step, len(self.trees), self.size, self.seed)
 
     def rows(self, step: int) -> list[Row]:
         """The micro-batches of a step."""
         return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens, self.micro_tokens)
+
+    def ready(self, step: int) -> bool:
+        return True
 
 
 class Loop:
@@ -101,7 +127,7 @@ class Loop:
         job: Job,
         policy: Policy,
         loss: Loss,
-        batches: Batches,
+        batches: Source,
         training: Training,
         precision: str,
         validation: Sequence[Row] = (),
@@ -112,7 +138,10 @@ class Loop:
         self.device = policy.device
         self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
         self.warmup = optim.warmup_steps(training.warmup, self.steps)
-        self.evaluate_every = training.evaluate_every or max(1, self.steps // 10)
+        watched = training if isinstance(training, Validated) else None
+        self.evaluate_every = (watched and watched.evaluate_every) or max(1, self.steps // 10)
+        self.keep_best = watched is not None and watched.keep_best
+        self.patience = watched.patience if watched else None
         self.optimizer = optim.optimizers.get(training.optimizer)(
             optim.groups(policy.named_parameters(), training.lr, training.weight_decay)
         )
@@ -163,7 +192,7 @@ class Loop:
             schedule=self.training.schedule, rates=self.state["rates"], took=self.state["step"], planned=self.steps
         ):
             self.job.warn(text)
-        if self.training.keep_best and self.state["best_step"] not in (None, self.state["step"]):
+        if self.keep_best and self.state["best_step"] not in (None, self.state["step"]):
             checkpoint.read_weights(self.root / f"best-{self.state['best_step']}", self.policy)
             self.job.say(
                 f"kept the weights of step {self.state['best_step']} (validation loss {self.state['best']:.4f})"
@@ -243,14 +272,14 @@ class Loop:
         self._log({"step": step, "validation_loss": value, "best": best})
         if best:
             self.state.update(best=value, best_step=step, bad=0)
-            if self.training.keep_best:
+            if self.keep_best:
                 checkpoint.write(
                     self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value}
                 )
                 checkpoint.forget_bests(self.root, but=step)
         else:
             self.state["bad"] += 1
-            self.state["stopped"] = self.training.patience is not None and self.state["bad"] >= self.training.patience
+            self.state["stopped"] = self.patience is not None and self.state["bad"] >= self.patience
         if self.sample is not None:
             for line in self.sample():
                 append(self.samples, {"step": step, **line})
@@ -278,10 +307,15 @@ class Loop:
 
     def _last_good(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint whose best weights are there too, or will be made again on the way on."""
+        checkpoint.recover(self.root)
         while (found := checkpoint.latest(self.root, self.job.warn)) is not None:
             folder, state = found
+            if not self.batches.ready(state["step"]):
+                self.job.warn(f"what {folder.name} was in the middle of is damaged or gone; going back before it")
+                shutil.rmtree(folder)
+                continue
             whole = [b for b in checkpoint.bests(self.root) if checkpoint.problem(b) is None]
-            if not self.training.keep_best or state["best_step"] is None:
+            if not self.keep_best or state["best_step"] is None:
                 return found
             # a best later than this checkpoint will be met again: the same steps give the same weights
             if any(_number(b) == state["best_step"] or _number(b) > state["step"] for b in whole):
@@ -314,6 +348,12 @@ def forget_after(file: Path, step: int) -> None:
 
 def _number(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
+
+
+def chosen(step: int, n: int, size: int, seed: int) -> list[int]:
+    """Indices of the examples, of n, that a step takes: each once an epoch, in an order of the epoch's own."""
+    epoch, k = divmod(step, -(-n // size))
+    return _order(seed, epoch, n)[k * size : (k + 1) * size].tolist()
 
 
 @functools.lru_cache(maxsize=4)

@@ -56,32 +56,15 @@ def model(
     Raises:
         ModelError: encoder–decoders (padded layouts of their own), missing or unreadable weights, remote code.
     """
-    notices: list[str] = []
-    try:
-        config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _explained(source, error) from None
+    config = configuration(source, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ModelError(
             f"{source.name} is an encoder–decoder, and this stage trains decoder-only models",
             do="choose a causal language model",
         )
-    if source.local and not list(Path(source.name).glob("*.safetensors")):
-        notices.append(f"{source.name} holds pickled weights only; they are read with torch.load(weights_only=True)")
-    wanted = {} if attention == "auto" else {"attn_implementation": attention}
-    try:
-        with _quiet():
-            loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                source.name,
-                config=config,
-                revision=source.revision,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **wanted,
-            )
-    except UNREADABLE as error:
-        raise _explained(source, error) from None
+    loaded, info, notices = weights(
+        AutoModelForCausalLM, source, config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -96,6 +79,58 @@ def model(
     return loaded, notices
 
 
+def configuration(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _explained(source, error) from None
+
+
+def weights(
+    kind: Any,
+    source: Source,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    attention: Attention,
+    trust_remote_code: bool,
+    **more: Any,
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """(model, which weights were missing, unexpected or of another shape, notices worth telling).
+
+    Args:
+        kind: one of transformers' Auto classes.
+        more: further arguments of its `from_pretrained`.
+
+    Raises:
+        ModelError: missing or unreadable files, remote code.
+    """
+    notices = []
+    if source.local and not list(Path(source.name).glob("*.safetensors")):
+        notices.append(f"{source.name} holds pickled weights only; they are read with torch.load(weights_only=True)")
+    if attention != "auto":
+        more["attn_implementation"] = attention
+    try:
+        with _quiet():
+            loaded, info = kind.from_pretrained(
+                source.name,
+                config=config,
+                revision=source.revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **more,
+            )
+    except UNREADABLE as error:
+        raise _explained(source, error) from None
+    return loaded, info, notices
+
+
 def end_ids(hf: PreTrainedModel) -> list[int]:
     """Ids at which generation ends, as the model's generation settings have them."""
     eos = hf.generation_config.eos_token_id if hf.generation_config is not None else None
@@ -106,6 +141,19 @@ def context(hf: PreTrainedModel) -> int | None:
     """The longest sequence the model takes, in tokens; None where nothing limits it."""
     config = hf.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def no_dropout(hf: torch.nn.Module) -> None:
+    """Every dropout of a model to zero, whatever mode it is in: ratios, references and samples allow none.
+
+    Attention modules hold theirs as a number; LoRA's is a layer like others.
+    """
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def save(hf: PreTrainedModel, tok: Any, folder: Path, *, ends: set[int] | None = None) -> None:

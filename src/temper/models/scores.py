@@ -72,12 +72,15 @@ class Policy(nn.Module):
     Args:
         hf: a transformers model, or a PEFT model around one.
         layout: `tree` (one pass over the row) or `padded` (each branch on its own line).
+
+    `temperature` divides the logits: a policy that samples at another temperature than 1 is scored as it samples.
     """
 
     def __init__(self, hf: Any, layout: Layout = "tree") -> None:
         super().__init__()
         self.hf = hf
         self.layout: Layout = layout
+        self.temperature = 1.0
         self.train(hf.training)
 
     @property
@@ -103,6 +106,8 @@ class Policy(nn.Module):
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             logits = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
+            if self.temperature != 1:
+                logits = logits / self.temperature
             return -functional.cross_entropy(logits, t, reduction="none")
 
         pieces = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))

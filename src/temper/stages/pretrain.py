@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from temper.engine import device as devices
-from temper.engine.loop import Batches, Loop, Training
+from temper.engine.loop import Batches, Loop, Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll
@@ -35,7 +35,7 @@ class Shape(Config):
 
 
 @stages.register("pretrain")
-class Pretrain(Stage, Training):
+class Pretrain(Stage, Validated):
     """Train a byte-level BPE tokenizer and a small Llama on the column `text` of a data stage."""
 
     kind = "pretrain"

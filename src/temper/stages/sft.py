@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from temper.data.chat import Encoded, Encoder, Format, show
-from temper.engine.loop import Batches, Loop
+from temper.engine.loop import Batches, Loop, Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll
@@ -22,7 +22,7 @@ NO_LIMIT = 10**9  # tokens
 
 
 @stages.register("sft")
-class Sft(TrainingStage):
+class Sft(TrainingStage, Validated):
     """Maximise the likelihood of the answers given their prompts; only answers are trained on."""
 
     kind = "sft"

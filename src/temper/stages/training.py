@@ -15,7 +15,7 @@ from peft import PeftModel
 from temper import hub
 from temper.data.card import read_rows
 from temper.engine import device as devices
-from temper.engine.loop import Loop, Training
+from temper.engine.loop import Batches, Loop, Training
 from temper.errors import DataError
 from temper.job import Job
 from temper.models import adapters, load
@@ -136,22 +136,40 @@ def _recomputes(hf: Any) -> bool:
 
 
 def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree], shown: str) -> None:
-    """Say what is about to happen: data, one example, what a step is, and what it will cost; kept for the report."""
-    f, c, b = job.facts, job.counts, loop.batches
+    """Say what is about to happen to a set of examples: data, one example, what a step is, and what it will cost."""
+    batches = loop.batches
+    assert isinstance(batches, Batches)
     tokens = sum(len(t) for t in trees)
     scored = sum(len(t.tgt) for t in trees)
-    first = b.rows(0)
-    seconds, probed = _probe(loop)
+    if scored == 0:
+        raise load.ModelError(
+            "no token of any example is trained", do="look at the data's columns and at the chat template"
+        )
+    first, t = batches.rows(0), loop.training
+    step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens in rows of {t.row_tokens}"
+    data = [*lines, f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})"]
+    announce(job, loop, data, step, _probe(loop, batches), shown)
+
+
+def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[float, float], shown: str) -> None:
+    """The summary before training, on the terminal and kept for the report.
+
+    Args:
+        lines: what goes in.
+        step: what one optimiser step consists of.
+        cost: seconds and bytes that the run is predicted to take.
+        shown: one example.
+    """
+    f, c = job.facts, job.counts
     share = c["trainable_parameters"] / c["parameters"]
     text = [
         *lines,
-        f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})",
-        f"one optimiser step: {len(b.chosen(0))} examples in {len(first)} micro-batches of up to {loop.training.micro_tokens} tokens in rows of {loop.training.row_tokens}",
-        f"steps: {loop.steps} ({loop.steps / b.per_epoch:.2g} epochs), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
+        f"one optimiser step: {step}",
+        f"steps: {loop.steps} ({loop.steps / loop.batches.per_epoch:.2g} epochs), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
         f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}",
         f"proof: {f['proof']}",
-        f"predicted: about {_duration(seconds)} and {probed / 1e9:.1f} GB",
+        f"predicted: about {_duration(cost[0])} and {cost[1] / 1e9:.1f} GB",
         "one example, the trained part in ⟦ ⟧:",
         *(f"  {line}" for line in shown.splitlines()),
     ]
@@ -159,15 +177,11 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     job.say(job.summary)
     for warning in loop.warnings():
         job.warn(warning)
-    if scored == 0:
-        raise load.ModelError(
-            "no token of any example is trained", do="look at the data's columns and at the chat template"
-        )
 
 
-def _probe(loop: Loop) -> tuple[float, float]:
+def _probe(loop: Loop, batches: Batches) -> tuple[float, float]:
     """Seconds and bytes that the run will take, from one forward and backward pass that changes nothing."""
-    row = max(loop.batches.rows(0), key=lambda r: r.tokens)
+    row = max(batches.rows(0), key=lambda r: r.tokens)
     loop.gradients([row])  # the first pass also pays for what is done once
     began = time.perf_counter()
     loop.gradients([row])
@@ -176,8 +190,8 @@ def _probe(loop: Loop) -> tuple[float, float]:
     for p in loop.policy.parameters():
         p.grad = None
     trained = sum(p.numel() * p.element_size() for p in loop.policy.parameters() if p.requires_grad)
-    epoch = sum(len(t) for t in loop.batches.trees)
-    return took / row.tokens * epoch * loop.steps / loop.batches.per_epoch, memory + 2 * trained
+    epoch = sum(len(t) for t in batches.trees)
+    return took / row.tokens * epoch * loop.steps / batches.per_epoch, memory + 2 * trained
 
 
 def _resident() -> float:
