@@ -17,14 +17,14 @@ from typing import Any
 
 import psutil
 
-from temper import hub
+from temper import hub, terminal
 from temper import recipe as recipes
 from temper.errors import RecipeError, RunError, TemperError, nearest
 from temper.job import Job, Log
 from temper.manifest import PeakMemory
 from temper.manifest import manifest as manifest_of
 from temper.recipe import Recipe, Stage
-from temper.runfolder import DISK_FULL, Result, RunFolder, read_json, write_atomic, write_json
+from temper.runfolder import DISK_FULL, Result, RunFolder, read_json, size_of, write_atomic, write_json
 
 
 def settings(stage: Stage) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
     outside = {}
     for _, gives, value in stage.refs():
         target = recipe.model if value == "base" else value
-        if gives == "model" and target not in recipe.stages:
+        if gives != "data" and target not in recipe.stages:
             outside[value] = hub.identity(hub.locate(str(target), recipe.folder))
     payload = {
         "kind": stage.kind,
@@ -116,6 +116,7 @@ def run(
         _check_same_recipe(target, recipe)
         write_atomic(folder / "recipe.yaml", recipe.dump())
         manifest = manifest_of(recipe, order, command)
+        write_json(folder / "manifest.json", manifest)  # a run that is killed leaves one too
         keys: dict[str, str] = {}
         done: dict[str, Result] = {}
         try:
@@ -127,12 +128,16 @@ def run(
                 except BaseException as error:
                     entry["status"], entry["error"] = "failed", str(error) or type(error).__name__
                     raise
+                write_json(folder / "manifest.json", manifest)
         finally:
             manifest["seconds"] = round(time.perf_counter() - began, 3)
             with contextlib.suppress(OSError):
                 write_json(folder / "manifest.json", manifest)
         cached = sum(e["cached"] for e in manifest["stages"])
-        log(f"done in {manifest['seconds']:.1f} s ({cached} of {len(order)} stages were there already)")
+        log(f"done in {manifest['seconds']:.1f} s ({cached} of {len(order)} stages cached)")
+        if aside := target.aside():
+            size = terminal.size(sum(map(size_of, aside)))
+            log(f"set aside earlier: {len(aside)}, {size}; to see and delete them: temper prune {folder}")
     return target
 
 
@@ -149,21 +154,24 @@ def _stage(
     name = entry["name"]
     entry["key"] = keys[name] = key_of(recipe, name, keys)
     if name in choice.force:
-        target.discard(name)
+        target.discard(name, keys[name])
         found, problem = None, None
     else:
         found, problem = target.find(name, keys[name])
-    if problem:
-        log(f"warning: {problem}", "yellow")
     if found:
-        log(f"{name}: there already")
+        if problem:
+            log(f"warning: {problem}", "yellow")
+        log(f"{name}: cached")
         entry["cached"], entry["status"], done[name] = True, "done", found
         return
     inputs = {n: done[n] for n in recipes.dependencies(recipe, name)}
     with disk_errors(target.path):
-        partial = target.begin(name, keys[name])
+        partial, unusable = target.begin(name, keys[name])
         job = Job(recipe, name, partial, inputs, log)
         log(f"── {name} ({job.stage.kind})", "bold")
+        for told in (problem, unusable):
+            if told:
+                job.warn(told)
         job.start_clock()
         with PeakMemory() as memory:
             try:
@@ -224,7 +232,7 @@ def _check_same_recipe(target: RunFolder, recipe: Recipe) -> None:
         old = read_json(target.path / "manifest.json")
     except (OSError, ValueError):
         return
-    if old.get("recipe") != recipe.name:
+    if isinstance(old, dict) and old.get("recipe") != recipe.name:
         raise RunError(
             f"this run folder belongs to the recipe «{old.get('recipe')}»",
             where=str(target.path),

@@ -124,7 +124,7 @@ class Predictor:
             return Cost(tokens, basis=f"{rows.basis}; the model is not known")
         adapter = getattr(stage, "adapter", None)
         trained = size.adapter(adapter.r) if adapter else size.parameters
-        saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or stage.merge)
+        saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or getattr(stage, "merge", True))
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
         work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
         held = work * (FRAGMENTED if self.device.type == "cpu" else 1)
@@ -201,7 +201,7 @@ class Predictor:
         wanted = []
         for _, gives, value in stage.refs():
             target = str(self.recipe.model if value == "base" else value)
-            if gives == "model" and target not in self.recipe.stages:
+            if gives != "data" and target not in self.recipe.stages:
                 wanted.append((target.partition("@")[0], target.partition("@")[2] or None, "model", None))
         try:
             if isinstance(stage, Data) and sources.fingerprint(stage.source, self.recipe.folder) is None:

@@ -33,13 +33,14 @@ REPLICA = "-seed"  # `sft` with seeds: 3 is trained as sft, sft-seed2 and sft-se
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """Marks a field that names another stage: what the stage must give («model» or «data»)."""
+    """Marks a field that names another stage: what the stage must give («model», «data» or «classifier»)."""
 
     gives: str
 
 
 ModelRef = Annotated[str, Ref("model")]  # a stage, `base`, a folder or a hub id (optionally id@revision)
 DataRef = Annotated[str, Ref("data")]  # STAGE or STAGE.SPLIT
+ClassifierRef = Annotated[str, Ref("classifier")]  # a stage, a folder or a hub id
 
 
 class Config(pydantic.BaseModel):
@@ -57,7 +58,7 @@ class Stage(Config, abc.ABC):
 
     kind: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    gives: ClassVar[str] = ""  # «model», «data» or nothing
+    gives: ClassVar[str] = ""  # «model», «data», «classifier» or nothing
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 
@@ -289,12 +290,16 @@ def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
                         where=where,
                         do=f"give {target}.{read} a share or a number of rows, or name another split",
                     )
-            elif value not in recipe.stages and value != "base" and not (recipe.folder / value).is_dir():
-                models = [n for n, s in recipe.stages.items() if s.gives == "model"]
-                if "/" not in value and (close := difflib.get_close_matches(value, [*models, "base"], n=1)):
-                    raise RecipeError(f"there is no model «{value}»", where=where, do=f"did you mean «{close[0]}»?")
-            elif value in recipe.stages and recipe.stages[value].gives != "model":
-                raise RecipeError(f"stage «{value}» gives no model", where=where)
+            elif value == "base" and gives != "model":
+                raise RecipeError(f"the base model is no {gives}", where=where, do="name a stage, a folder or a hub id")
+            elif value not in recipe.stages and value != "base":
+                givers = [n for n, s in recipe.stages.items() if s.gives == gives]
+                known = [*givers, "base"] if gives == "model" else givers
+                named = "/" in value or (recipe.folder / value).is_dir()
+                if not named and (close := difflib.get_close_matches(value, known, n=1)):
+                    raise RecipeError(f"there is no {gives} «{value}»", where=where, do=f"did you mean «{close[0]}»?")
+            elif value in recipe.stages and recipe.stages[value].gives != gives:
+                raise RecipeError(f"stage «{value}» gives no {gives}", where=where)
     order(recipe)
 
 
