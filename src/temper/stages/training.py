@@ -148,7 +148,10 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     first, t = batches.rows(0), loop.training
     step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens in rows of {t.row_tokens}"
     data = [*lines, f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})"]
-    announce(job, loop, data, step, _probe(loop, batches), shown)
+    row = max(first, key=lambda r: r.tokens)
+    took, memory = probe(loop, [row])
+    seconds = took / row.tokens * tokens * loop.steps / batches.per_epoch
+    announce(job, loop, data, step, (seconds, memory), shown)
 
 
 def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[float, float], shown: str) -> None:
@@ -179,19 +182,17 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
         job.warn(warning)
 
 
-def _probe(loop: Loop, batches: Batches) -> tuple[float, float]:
-    """Seconds and bytes that the run will take, from one forward and backward pass that changes nothing."""
-    row = max(batches.rows(0), key=lambda r: r.tokens)
-    loop.gradients([row])  # the first pass also pays for what is done once
+def probe(loop: Loop, rows: Sequence[Row]) -> tuple[float, float]:
+    """Seconds of one forward and backward pass over some rows, and bytes that training takes; nothing is changed."""
+    loop.gradients(rows)  # the first pass also pays for what is done once
     began = time.perf_counter()
-    loop.gradients([row])
+    loop.gradients(rows)
     took = time.perf_counter() - began
     memory: float = devices.peak_memory(loop.device) or _resident()
     for p in loop.policy.parameters():
         p.grad = None
     trained = sum(p.numel() * p.element_size() for p in loop.policy.parameters() if p.requires_grad)
-    epoch = sum(len(t) for t in batches.trees)
-    return took / row.tokens * epoch * loop.steps / batches.per_epoch, memory + 2 * trained
+    return took, memory + 2 * trained
 
 
 def _resident() -> float:
