@@ -22,7 +22,7 @@ SOURCE = Path(temper.__file__).parent
 
 # Each may import what stands above it, and files of its own folder.
 ORDER = [
-    "errors", "types", "registry", "overlay", "recipe", "runfolder", "hub", "terminal", "manifest", "job", "pipeline",
+    "errors", "types", "registry", "address", "overlay", "validation", "recipe", "runfolder", "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "metrics", "statistics", "rollouts", "engine", "stages",
     "shapes", "predict", "plan", "report", "app", "fields", "doctor", "cli",
 ]  # fmt: skip
@@ -30,16 +30,17 @@ ORDER = [
 ONLY = {
     "types": set(),
     "registry": {"errors"},
+    "address": {"errors"},
     "trees": set(),
     "data": {"errors", "types", "recipe"},
     "losses": {"registry"},
     "metrics": {"errors", "registry", "types"},
     "statistics": {"types"},
-    "rollouts": {"errors", "recipe", "models"},
+    "rollouts": {"errors", "address", "recipe", "models"},
     "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
 }
-NO_TORCH = {"errors", "types", "registry", "overlay", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
+NO_TORCH = {"errors", "types", "registry", "address", "overlay", "validation", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
             "metrics", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.

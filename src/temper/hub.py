@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from temper import address
 from temper.errors import ModelError, nearest
 from temper.runfolder import file_sha256
 
@@ -29,17 +30,25 @@ class Source:
     def local(self) -> bool:
         return Path(self.name).is_dir()
 
+    @property
+    def endpoint(self) -> address.Address | None:
+        """The endpoint behind which the model is, if it is behind one."""
+        return address.endpoint(self.name)
+
 
 def locate(name: str, folder: Path) -> Source:
     """A model reference that is no stage → Source.
 
     Args:
-        name: a folder (relative to the recipe or to the current folder), or a hub id, optionally `id@revision`.
+        name: a folder (relative to the recipe or to the current folder), a hub id, optionally `id@revision`, or an
+            endpoint, `URL#MODEL`.
         folder: the recipe's folder.
 
     Raises:
         ModelError: looks like a path and is not there; a folder without weights; a hub id that cannot be had.
     """
+    if served := address.endpoint(name):
+        return Source(str(served))
     for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if candidate.is_dir():
             _check_folder(candidate)
@@ -61,7 +70,12 @@ def locate(name: str, folder: Path) -> Source:
 
 
 def identity(source: Source) -> str:
-    """What the content is: a hash of a folder's files, or a hub id at its commit; adapters included."""
+    """What the content is: a hash of a folder's files, or a hub id at its commit; adapters included.
+
+    Of an endpoint no more is known than its URL and the model's name: the service may change what stands behind it.
+    """
+    if source.endpoint:
+        return source.name
     own = _folder_hash(source.name) if source.local else f"{source.name}@{source.revision}"
     return "+".join([own, *(_folder_hash(a) for a in source.adapters)])
 

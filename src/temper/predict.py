@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from temper import hub, shapes
+from temper import address, hub, shapes
 from temper.data import sources
 from temper.engine import device as devices
 from temper.engine.loop import Training
@@ -53,6 +53,7 @@ class Predictor:
         self.floor = psutil.Process().memory_info().rss  # Python with torch, which this very process has imported
         self.device = devices.setup(recipe.device, recipe.threads)
         self._rows: dict[str, Rows | None] = {}
+        self.problems: dict[str, TemperError] = {}  # data stages that a look at their source shows to be wrong
 
     def cost(self, name: str) -> Cost:
         """The predicted cost of a stage that would run."""
@@ -76,11 +77,35 @@ class Predictor:
             stage = self.recipe.stages[name]
             self._rows[name] = None
             if name in self.known:
-                self._rows[name] = shapes.rows_of_card(self.known[name])
+                self._rows[name] = shapes.rows_of_card(self.known[name], self._counter(name))
             elif isinstance(stage, Data):
-                with contextlib.suppress(TemperError):  # what is wrong is told by that stage's own line of the plan
-                    self._rows[name] = shapes.rows_of_source(stage, self.recipe)
+                try:
+                    self._rows[name] = shapes.rows_of_source(stage, self.recipe, self._counter(name))
+                except TemperError as error:
+                    self.problems[name] = error
         return self._rows[name]
+
+    def _counter(self, name: str) -> shapes.Count | None:
+        """Counts tokens as the model does that a data stage names, or else the first one that reads it."""
+        stage: Any = self.recipe.stages[name]
+        readers = [s for s in self.recipe.stages.values() if any(v.partition(".")[0] == name for _, _, v in s.refs())]
+        named = [v for s in readers for _, gives, v in s.refs() if gives == "model"]
+        for ref in [v for v in [getattr(stage, "tokenizer", None)] if v] or named:
+            if (source := self._local(ref)) is not None:
+                return shapes.counter(source, trust_remote_code=self.recipe.trust_remote_code)
+        return None
+
+    def _local(self, ref: str) -> hub.Source | None:
+        """A model that is there already: a folder, a finished stage, or in the hub's cache."""
+        name = str(self.recipe.model if ref == "base" else ref)
+        if name in self.recipe.stages:
+            stage: Any = self.recipe.stages[name]
+            if name in self.known and (self.known[name].path / "model").is_dir():
+                return hub.Source(str(self.known[name].path / "model"))
+            return self._local(stage.model) if hasattr(stage, "model") else None
+        with contextlib.suppress(TemperError):
+            return hub.locate(name, self.recipe.folder)
+        return None
 
     def size(self, ref: str) -> Size | None:
         """Size of a model that a stage, a folder or the hub gives."""
@@ -92,7 +117,11 @@ class Predictor:
             return self.size(stage.model) if hasattr(stage, "model") else None
         with contextlib.suppress(TemperError, OSError, ValueError):
             source = hub.locate(name, self.recipe.folder)
-            return shapes.size_of_source(source, trust_remote_code=self.recipe.trust_remote_code)
+            return (
+                None
+                if source.endpoint
+                else shapes.size_of_source(source, trust_remote_code=self.recipe.trust_remote_code)
+            )
         return None
 
     def before(self, name: str) -> dict[str, Any] | None:
@@ -104,7 +133,8 @@ class Predictor:
     def _data(self, name: str) -> Cost:
         rows, before = self.rows(name), self.before(name)
         if rows is None:
-            return Cost(basis="nothing: the source cannot be looked at from here")
+            told = "" if name in self.problems else "nothing: the source cannot be looked at from here"
+            return Cost(basis=told)
         n, rate, basis = sum(rows.splits.values()), float(ROWS_PER_SECOND), rows.basis
         if before is not None and before["examples"]:
             rate = before["examples"] / before["seconds"]
@@ -201,7 +231,7 @@ class Predictor:
         wanted = []
         for _, gives, value in stage.refs():
             target = str(self.recipe.model if value == "base" else value)
-            if gives != "data" and target not in self.recipe.stages:
+            if gives != "data" and target not in self.recipe.stages and not address.endpoint(target):
                 wanted.append((target.partition("@")[0], target.partition("@")[2] or None, "model", None))
         try:
             if isinstance(stage, Data) and sources.fingerprint(stage.source, self.recipe.folder) is None:

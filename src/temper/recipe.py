@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import pydantic
 from pydantic import Field
 
-from temper import overlay
+from temper import address, overlay
 from temper.errors import RecipeError, nearest
 from temper.overlay import KeyPath
 from temper.registry import Registry
+from temper.validation import validated
 
 if TYPE_CHECKING:
     from temper.job import Job
@@ -38,7 +39,7 @@ class Ref:
     gives: str
 
 
-ModelRef = Annotated[str, Ref("model")]  # a stage, `base`, a folder or a hub id (optionally id@revision)
+ModelRef = Annotated[str, Ref("model")]  # a stage, `base`, a folder, a hub id (id@revision) or an endpoint (URL#MODEL)
 DataRef = Annotated[str, Ref("data")]  # STAGE or STAGE.SPLIT
 ClassifierRef = Annotated[str, Ref("classifier")]  # a stage, a folder or a hub id
 
@@ -60,10 +61,14 @@ class Stage(Config, abc.ABC):
     version: ClassVar[int] = 1
     gives: ClassVar[str] = ""  # «model», «data», «classifier» or nothing
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
+    asks: ClassVar[tuple[str, ...]] = ()  # fields whose model may be an endpoint: only text is asked of it
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 
     @abc.abstractmethod
     def run(self, job: Job) -> None: ...
+
+    def check(self, recipe: Recipe) -> None:
+        """What shows only in the whole recipe, told before anything runs: raises RecipeError."""
 
     def fingerprint(self, folder: Path) -> dict[str, Any]:
         """What outside the recipe decides the result (hashes of local files); part of the key."""
@@ -208,7 +213,7 @@ def load(
 
 
 def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
-    top = _validate(Top, raw, (), lines)
+    top = validated(Top, raw, (), lines)
     built: dict[str, Stage] = {}
     for name, config in top.stages.items():
         at = ("stages", name)
@@ -222,7 +227,7 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         if "stage" not in config:
             raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
         kind = stages.get(str(config["stage"]), where=lines.get((*at, "stage"), where))
-        stage = _validate(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines)
+        stage = validated(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines, also=("stage",))
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
     recipe = Recipe(
@@ -239,37 +244,6 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
     return recipe
 
 
-def _validate(kind: Any, values: dict[str, Any], at: KeyPath, lines: dict[KeyPath, str]) -> Any:
-    try:
-        return kind.model_validate(values)
-    except pydantic.ValidationError as error:
-        errors = error.errors()  # a misspelt key may also be a missing one: the first says what to do
-        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        loc = tuple(str(p) for p in first["loc"])
-        where = next((lines[at + loc[:n]] for n in range(len(loc), -1, -1) if at + loc[:n] in lines), "")
-        name = ".".join((at[1:] if at[:1] == ("stages",) else at) + loc)
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(
-                f"unknown key «{name}»", where=where, do=nearest(loc[-1], _known_keys(kind, first["loc"]))
-            ) from None
-        if first["type"] == "missing":
-            raise RecipeError(
-                f"«{name}» is missing", where=where, do=f"see `temper explain {name.split('.')[-1]}`"
-            ) from None
-        raise RecipeError(f"{name} = {first['input']!r} does not fit: {first['msg']}", where=where) from None
-
-
-def _known_keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
-    """Field names of the model that stands at `loc` within `kind`."""
-    for part in loc[:-1]:
-        field = getattr(kind, "model_fields", {}).get(str(part))
-        if field is None:
-            continue  # an index, or the name that pydantic gives to a union's branch
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        kind = next((o for o in options if isinstance(o, type) and issubclass(o, pydantic.BaseModel)), kind)
-    return list(kind.model_fields) + (["stage"] if issubclass(kind, Stage) else [])
-
-
 def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
     for name, stage in recipe.stages.items():
         for field, gives, value in stage.refs():
@@ -277,6 +251,13 @@ def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
             where = lines.get(("stages", name, field), str(path))
             if value == "base" and recipe.model is None:
                 raise RecipeError(f"stage «{name}» uses «base» but the recipe has no «model»", where=where)
+            named = recipe.model or "" if value == "base" else value
+            if gives != "data" and address.endpoint(named, where=where) and field not in stage.asks:
+                raise RecipeError(
+                    f"stage «{name}» needs the weights of its {field}, and an endpoint gives only text: {named}",
+                    where=where,
+                    do="name a stage, a folder or a hub id; endpoints can be evaluated, and write data (generate)",
+                )
             if gives == "data":
                 givers = [n for n, s in recipe.stages.items() if s.gives == "data"]
                 if target not in givers:
@@ -300,6 +281,10 @@ def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
                     raise RecipeError(f"there is no {gives} «{value}»", where=where, do=f"did you mean «{close[0]}»?")
             elif value in recipe.stages and recipe.stages[value].gives != gives:
                 raise RecipeError(f"stage «{value}» gives no {gives}", where=where)
+        try:
+            stage.check(recipe)
+        except RecipeError as error:
+            raise RecipeError(error.what, where=lines.get(("stages", name), str(path)), do=error.do) from None
     order(recipe)
 
 
