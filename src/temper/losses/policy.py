@@ -72,8 +72,15 @@ def divergence(logps: torch.Tensor, reference: torch.Tensor, estimator: Estimato
     return r.square() / 2 if estimator == "k2" else r.exp() - r - 1
 
 
-def with_divergence(loss: Callable[..., Terms], beta: float, estimator: Estimator) -> Callable[..., Terms]:
+def with_divergence(
+    loss: Callable[..., Terms], beta: float, estimator: Estimator, *, corrected: bool = True
+) -> Callable[..., Terms]:
     """A policy loss plus β times the KL estimate of each token.
+
+    Args:
+        corrected: multiply k3 by the ratio p / p_old, through which the gradient flows too: the gradient of its mean is
+            then that of the KL (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1). That of k2's mean is so by itself as
+            long as the samples are the policy's own.
 
     Raises:
         ValueError: k1, whose gradient is that of log p alone: zero in expectation over the policy's own samples.
@@ -84,6 +91,8 @@ def with_divergence(loss: Callable[..., Terms], beta: float, estimator: Estimato
     def total(logps: torch.Tensor, weights: torch.Tensor, *, reference: torch.Tensor, **columns: torch.Tensor) -> Terms:
         terms = loss(logps, weights, **columns)
         kl = divergence(logps, reference, estimator)
+        if corrected and estimator == "k3":
+            kl = kl * (logps - columns.get("old", logps.detach())).exp()
         return Terms(terms.values + beta * kl, terms.weights, {**terms.extras, "kl": kl.detach()})
 
     return total
