@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import temper.stages  # noqa: F401  fills the registry
-from temper import plan, recipe, shapes
+from temper import pipeline, plan, recipe, shapes
+from temper.errors import DataError
 from temper.hub import Source, bytes_to_fetch
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
@@ -87,6 +90,53 @@ def test_a_data_set_of_the_hub_is_assumed_and_said_to_be(monkeypatch: pytest.Mon
     cost = Predictor(loaded, RunFolder(Path("nowhere"))).cost("news")
     assert cost.download_bytes is None and "assumed" in cost.basis
     assert bytes_to_fetch("not an id", None, "model") is None
+
+
+def own_recipe(folder: Path, model: Path, **data: object) -> recipe.Recipe:
+    """Fine-tuning of a local model on a file of two columns."""
+    rows = [{"question": f"Скільки буде {n} та {n}?", "answer": f"Разом {2 * n}."} for n in range(40)]
+    (folder / "qa.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    qa = {"stage": "data", "source": "qa.jsonl", "prompt": "{question}", "completion": "{answer}", **data}
+    file = folder / "own.yaml"
+    sft = {"stage": "sft", "data": "qa", "max_steps": 1}
+    file.write_text(json.dumps({"name": "own", "model": str(model), "stages": {"qa": qa, "sft": sft}}))
+    return recipe.load(file)
+
+
+def test_tokens_are_counted_where_the_tokenizer_is_local(tiny_model: Path, tmp_path: Path) -> None:
+    loaded = own_recipe(tmp_path, tiny_model, drop={"duplicates": "off"})
+    rows = Predictor(loaded, RunFolder(tmp_path / "none")).rows("qa")
+    assert rows is not None and "counted" in rows.basis
+    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    lines = [json.loads(line) for line in (tmp_path / "qa.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def median(column: str) -> float:
+        return statistics.median(len(tokenizer.encode(r[column], add_special_tokens=False)) for r in lines)
+
+    assert rows.answer == median("answer")
+    assert abs(rows.tokens - median("question") - median("answer")) <= 1  # of both together: their seam may merge
+    away = own_recipe(tmp_path, tmp_path / "no-model")
+    assumed = Predictor(away, RunFolder(tmp_path / "none")).rows("qa")
+    assert assumed is not None and "assumed" in assumed.basis
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"completion": "{anwser}"}, "did you mean «answer»?"),
+        ({"keep": ["qestion"]}, "did you mean «question»?"),
+    ],
+)
+def test_a_misspelt_column_is_told_by_plan_as_by_run(
+    data: dict[str, object], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    loaded = own_recipe(tmp_path, tiny_model, **data)
+    steps = {s.name: s for s in plan.make(loaded, tmp_path / "run", Choice())}
+    assert steps["qa"].problem and said in steps["qa"].reason
+    assert steps["sft"].cost.seconds is None
+    with pytest.raises(DataError) as stopped:
+        pipeline.run(loaded, tmp_path / "run", quiet=True)
+    assert steps["qa"].reason.startswith(stopped.value.what)
 
 
 def test_totals_are_unknown_where_a_part_is() -> None:

@@ -16,7 +16,7 @@ from temper.errors import TemperError
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
 from temper.recipe import Recipe
-from temper.runfolder import Result, RunFolder, read_json
+from temper.runfolder import Result, RunFolder, progress
 
 CACHED, RUNS, GOES_ON, STOPS = "cached", "runs", "goes on", "stops"
 SHOWN = 4  # changed keys named in full
@@ -55,8 +55,7 @@ def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
             if all(n in keys for n in needed):
                 keys[name] = pipeline.key_of(recipe, name, keys)
         except TemperError as error:
-            reason = error.what + (f"; {error.do}" if error.do else "")
-            steps.append(Step(name, kind, STOPS, reason, predictor.cost(name)))
+            steps.append(Step(name, kind, STOPS, _said(error), predictor.cost(name)))
             continue
         found = target.recorded(name, keys[name]) if name in keys and name not in choice.force else None
         if found:
@@ -64,9 +63,17 @@ def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
             aside = "" if found.path.name == name else f"it was set aside as {found.path.name} and is taken back"
             steps.append(Step(name, kind, CACHED, aside, Cost()))
             continue
-        state, reason = _why(recipe, name, target, keys, forced=name in choice.force)
-        steps.append(Step(name, kind, state, reason, predictor.cost(name)))
+        cost = predictor.cost(name)
+        if name in predictor.problems:
+            steps.append(Step(name, kind, STOPS, _said(predictor.problems[name]), cost))
+            continue
+        steps.append(Step(name, kind, *_why(recipe, name, target, keys, forced=name in choice.force), cost))
     return steps
+
+
+def _said(error: TemperError) -> str:
+    """An error on one line."""
+    return error.what + (f" ({error.where})" if error.where else "") + (f"; {error.do}" if error.do else "")
 
 
 def total(steps: Sequence[Step]) -> Cost:
@@ -85,20 +92,17 @@ def _why(recipe: Recipe, name: str, target: RunFolder, keys: dict[str, str], *, 
     """(state, reason) of a stage that has no result under its key."""
     if forced:
         return RUNS, "asked for by --force"
-    if name in keys and _unfinished(target, name) == keys[name]:
-        steps = [int(p.name[5:]) for p in (target.partial(name) / "checkpoints").glob("step-*")]
-        return GOES_ON, f"from step {max(steps)}, where it was stopped" if steps else "it was stopped before"
+    if name in keys and target.unfinished(target.partial(name)) == keys[name]:
+        step, answered = progress(target.partial(name))
+        if step:
+            return GOES_ON, f"from step {step}, where it was stopped"
+        if answered:
+            return GOES_ON, f"the answers of {answered} of its models are kept"
+        return RUNS, "it was stopped before anything of it was kept"
     present = target.peek(name)
     if present is None:
         return RUNS, "no result yet"
     return RUNS, "; ".join(_changes(recipe, name, present, keys))
-
-
-def _unfinished(target: RunFolder, name: str) -> str | None:
-    try:
-        return read_json(target.partial(name) / "partial.json")["key"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _changes(recipe: Recipe, name: str, present: Result, keys: dict[str, str]) -> list[str]:

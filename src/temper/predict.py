@@ -53,6 +53,7 @@ class Predictor:
         self.floor = psutil.Process().memory_info().rss  # Python with torch, which this very process has imported
         self.device = devices.setup(recipe.device, recipe.threads)
         self._rows: dict[str, Rows | None] = {}
+        self._sources: dict[str, hub.Source | None] = {}
         self.problems: dict[str, TemperError] = {}  # data stages that a look at their source shows to be wrong
 
     def cost(self, name: str) -> Cost:
@@ -103,9 +104,16 @@ class Predictor:
             if name in self.known and (self.known[name].path / "model").is_dir():
                 return hub.Source(str(self.known[name].path / "model"))
             return self._local(stage.model) if hasattr(stage, "model") else None
-        with contextlib.suppress(TemperError):
-            return hub.locate(name, self.recipe.folder)
-        return None
+        return self._located(name)
+
+    def _located(self, name: str) -> hub.Source | None:
+        """A folder or a hub model; None where it cannot be had. Asked once: without a network that takes a while."""
+        if name not in self._sources:
+            self._sources[name] = None
+            with contextlib.suppress(TemperError):
+                found = hub.locate(name, self.recipe.folder)
+                self._sources[name] = None if found.endpoint else found
+        return self._sources[name]
 
     def size(self, ref: str) -> Size | None:
         """Size of a model that a stage, a folder or the hub gives."""
@@ -115,13 +123,9 @@ class Predictor:
             return shapes.size_of_pretrained(stage)
         if stage is not None:
             return self.size(stage.model) if hasattr(stage, "model") else None
-        with contextlib.suppress(TemperError, OSError, ValueError):
-            source = hub.locate(name, self.recipe.folder)
-            return (
-                None
-                if source.endpoint
-                else shapes.size_of_source(source, trust_remote_code=self.recipe.trust_remote_code)
-            )
+        source = self._located(name)
+        with contextlib.suppress(OSError, ValueError):
+            return source and shapes.size_of_source(source, trust_remote_code=self.recipe.trust_remote_code)
         return None
 
     def before(self, name: str) -> dict[str, Any] | None:

@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from temper import hub
 from temper.data import mini, sources
+from temper.data.card import read_rows
 from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.models.scores import CHUNK_LOGITS
@@ -24,6 +27,7 @@ from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
 from temper.stages.data import TEMPLATES, Data
 from temper.stages.pretrain import Pretrain, fresh
+from temper.types import Row
 
 CHARACTERS_PER_TOKEN = 3.5  # of byte-level BPE: 4 and more in English, 2 to 4.5 in Cyrillic
 ASSUMED_TOKENS = 300  # of a row that cannot be looked at
@@ -147,19 +151,55 @@ class Rows:
     basis: str
 
 
-def rows_of_card(result: Result) -> Rows:
-    """Rows of a finished data stage."""
+Count = Callable[[str], int]  # the tokens of a text
+
+
+def counter(source: hub.Source, *, trust_remote_code: bool = False) -> Count | None:
+    """Counts tokens as a model does; None where its tokenizer is not on this machine."""
+    places = [a for a in reversed(source.adapters) if (Path(a) / "tokenizer_config.json").is_file()]
+    name, revision = (places[0], None) if places else (source.name, source.revision)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError):  # what is wrong with it is told by the stage that needs it
+        return None
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _lengths(rows: Sequence[Row], count: Count | None) -> tuple[float, float, str]:
+    """Median tokens of a row and of its answer, and how they were told."""
+    mapped = [texts(row) for row in rows]
+    answers = [m.get("completion", m.get("chosen", "".join(m.values()))) for m in mapped]
+    if count is None:
+        whole, part = (
+            statistics.median(len(t) for t in each) / CHARACTERS_PER_TOKEN
+            for each in (["".join(m.values()) for m in mapped], answers)
+        )
+        return whole, part, f"{len(mapped)} rows looked at, {CHARACTERS_PER_TOKEN} characters a token assumed"
+    whole, part = (statistics.median(map(count, each)) for each in (["".join(m.values()) for m in mapped], answers))
+    return whole, part, f"{len(mapped)} rows looked at, their tokens counted"
+
+
+def rows_of_card(result: Result, count: Count | None = None) -> Rows:
+    """Rows of a finished data stage; `count` is asked where its card has lengths in characters only."""
     card = read_json(result.path / "card.json")
-    lengths = next(iter(card["lengths"].values()))
+    name, lengths = next(iter(card["lengths"].items()))
     unit = next(iter(lengths.values()))["unit"]
-    per = 1.0 if unit == "tokens" else CHARACTERS_PER_TOKEN
-    medians = {column: found["median"] / per for column, found in lengths.items()}
+    if unit != "tokens":
+        rows = [record.row for record in read_rows(result.path / "data" / f"{name}.parquet")[:LOOKED_AT]]
+        tokens, answer, basis = _lengths(rows, count)
+        return Rows(card["splits"], tokens, answer, f"{result.name}: {basis}")
+    medians = {column: found["median"] for column, found in lengths.items()}
     answer = medians.get("completion", medians.get("chosen", sum(medians.values())))
     return Rows(card["splits"], sum(medians.values()), answer, f"the rows of {result.name}")
 
 
-def rows_of_source(stage: Data, recipe: Recipe) -> Rows | None:
+def rows_of_source(stage: Data, recipe: Recipe, count: Count | None = None) -> Rows | None:
     """Rows that a data stage would make, from a look at its source; None where neither number nor length is known.
+
+    Args:
+        count: of tokens, by the model that would read them; None: a rule of thumb over characters.
 
     Raises:
         DataError, RecipeError: as reading the source would.
@@ -176,13 +216,8 @@ def rows_of_source(stage: Data, recipe: Recipe) -> Rows | None:
     ).records
     n = (stage.take or mini.ROWS[stage.split]) if made else len(records)
     templates = {name: value for name in TEMPLATES if (value := getattr(stage, name)) is not None}
-    mapped = [texts(r.row) for r in apply(records[:LOOKED_AT], templates, keep=[])]
-    tokens = statistics.median(sum(map(len, m.values())) for m in mapped) / CHARACTERS_PER_TOKEN
-    answers = [len(m.get("completion", m.get("chosen", "".join(m.values())))) for m in mapped]
-    return Rows(
-        _splits(stage, n), tokens, statistics.median(answers) / CHARACTERS_PER_TOKEN,
-        f"{len(mapped)} rows looked at, {CHARACTERS_PER_TOKEN} characters a token assumed",
-    )  # fmt: skip
+    tokens, answer, basis = _lengths([r.row for r in apply(records[:LOOKED_AT], templates, keep=stage.keep)], count)
+    return Rows(_splits(stage, n), tokens, answer, basis)
 
 
 def _splits(stage: Data, n: float) -> dict[str, float]:
