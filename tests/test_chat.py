@@ -313,3 +313,13 @@ def test_no_answer_is_trained_beyond_its_length_or_less(name: str) -> None:
         tree = tree_of(example)
         assert tree.ids[tree.tgt].tolist() == trained and (tree.weight == 1).all()
         assert tree.origin == example.where
+
+
+def test_a_text_carried_along_beside_prompt_and_answer_is_not_what_is_trained_on() -> None:
+    """`keep: [text]` in a data stage: the columns of the pair say what the row is."""
+    pair = {"prompt": "ab", "completion": "cd"}
+    encoder = Encoder(small(), Format(chat="plain"))
+    (alone,), (beside,) = (encoder.encode([Record(row, "r:1")]) for row in (pair, pair | {"text": "the whole article"}))
+    assert beside == alone and 0 < alone.trained.count(True) < len(alone.ids)
+    assert encoder.reference_text(pair | {"text": "x"}) == "cd"
+    assert encoder.prompts([Record(pair | {"text": "x"}, "r:1")]) == encoder.prompts([Record(pair, "r:1")])

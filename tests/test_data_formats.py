@@ -161,3 +161,9 @@ def test_real_rows():
     pairs = sources.read("rasbt_instruct_dpo/instruction-data-with-preference.json", base=SHARED).records
     templates = {"prompt": "{instruction}\n{input}", "chosen": "{chosen}", "rejected": "{rejected}"}
     assert len(formats.apply(pairs, templates, ["preference"])) == 1100
+
+
+def test_a_text_carried_along_is_no_part_of_the_example() -> None:
+    pair = {"prompt": "a", "completion": "b"}
+    assert texts(pair | {"text": "the whole article"}) == texts(pair) == pair
+    assert texts({"text": "t", "note": "n"}) == {"text": "t"}

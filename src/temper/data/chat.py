@@ -46,6 +46,63 @@ class Encoded:
         return self.trained.index(True) if True in self.trained else len(self.ids)
 
 
+def is_text(row: Row) -> bool:
+    """Whether a row is plain text, which has no prompt; a `text` beside an answer is a column carried along."""
+    return "text" in row and not row.keys() & {"completion", "chosen", "messages"}
+
+
+def check_prompts(records: Sequence[Record]) -> None:
+    """Raises DataError where a row is plain text: there is nothing to answer."""
+    if plain := next((r for r in records if is_text(r.row)), None):
+        raise DataError(
+            "plain text has no prompt to answer",
+            where=plain.where,
+            do="ask only for metrics of likelihood (loss, perplexity), or map the rows to prompt and completion",
+        )
+
+
+def conversation(row: Row, form: Format) -> list[dict[str, str]]:
+    """A prompt–completion row as a conversation; `prompt` may itself be a list of messages (TRL's form)."""
+    if "messages" in row:
+        found = [dict(m) for m in row["messages"]]
+    else:
+        prompt, answer = row["prompt"], row.get("completion")
+        found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+        if answer is not None:
+            found += (
+                [dict(m) for m in answer] if not isinstance(answer, str) else [{"role": "assistant", "content": answer}]
+            )
+    if form.system is not None and (not found or found[0]["role"] != "system"):
+        found.insert(0, {"role": "system", "content": form.system})
+    return found
+
+
+def asked(row: Row, form: Format) -> list[dict[str, str]]:
+    """The conversation before its (last) answer."""
+    messages = conversation({k: v for k, v in row.items() if k != "completion"}, form)
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def plain_prompt(row: Row, form: Format) -> str:
+    """The text before an answer in the plain form.
+
+    Newlines of the separator go with the prompt, its spaces with the answer: that is how tokenizers cut words.
+
+    Raises:
+        DataError: a conversation, which only a chat template can write out.
+    """
+    if "messages" in row:
+        raise DataError(
+            "a conversation needs a chat template",
+            do="choose a model whose tokenizer has one, or map it to prompt and completion",
+        )
+    if not isinstance(row["prompt"], str):
+        raise DataError("a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one")
+    return (f"{form.system}\n" if form.system else "") + row["prompt"] + form.separator.rstrip(" ")
+
+
 class Encoder:
     """Renders and tokenises rows of TRL's dataset types for one tokenizer.
 
@@ -75,41 +132,16 @@ class Encoder:
             return f"the tokenizer's chat template{system}"
         return f"plain: prompt + {self.form.separator!r} + answer + end token{system}"
 
-    def messages(self, row: Row) -> list[dict[str, str]]:
-        """A prompt–completion row as a conversation; `prompt` may itself be a list of messages (TRL's form)."""
-        if "messages" in row:
-            found = [dict(m) for m in row["messages"]]
-        else:
-            prompt, answer = row["prompt"], row.get("completion")
-            found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-            if answer is not None:
-                found += (
-                    [dict(m) for m in answer]
-                    if not isinstance(answer, str)
-                    else [{"role": "assistant", "content": answer}]
-                )
-        if self.form.system is not None and (not found or found[0]["role"] != "system"):
-            found.insert(0, {"role": "system", "content": self.form.system})
-        return found
-
     def prompt_text(self, row: Row) -> str:
         """What the model is given at inference: everything before the (last) answer; nothing for plain text."""
-        if "text" in row:
+        if is_text(row):
             return ""
-        if self.templated:
-            messages = self.messages({k: v for k, v in row.items() if k != "completion"})
-            if messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return self._render(messages, prompt=True)
-        if "messages" in row:
-            raise DataError(
-                "a conversation needs a chat template",
-                do="choose a model whose tokenizer has one, or map it to prompt and completion",
-            )
-        return self._plain_prompt(row)
+        return self._render(asked(row, self.form), prompt=True) if self.templated else plain_prompt(row, self.form)
 
-    def reference_text(self, row: Row) -> str:
-        if "text" in row:
+    @staticmethod
+    def reference_text(row: Row) -> str:
+        """The (last) answer of a row; all of a plain text; empty where the row has no answer."""
+        if is_text(row):
             return row["text"]
         answer = row.get("completion", row["messages"][-1]["content"] if "messages" in row else "")
         return (answer if isinstance(answer, str) else answer[-1]["content"]).strip()
@@ -120,12 +152,7 @@ class Encoder:
         Raises:
             DataError: a row of plain text, which has no prompt.
         """
-        if plain := next((r for r in records if "text" in r.row), None):
-            raise DataError(
-                "plain text has no prompt to answer",
-                where=plain.where,
-                do="ask only for metrics of likelihood (loss, perplexity), or map the rows to prompt and completion",
-            )
+        check_prompts(records)
         texts = [self.prompt_text(r.row) for r in records]
         return self._tokenize(texts)
 
@@ -148,15 +175,13 @@ class Encoder:
     def _parts(self, record: Record) -> tuple[str, list[tuple[str, str]]]:
         """The rendered text, and for each answer the text before it and the text up to its end."""
         row = record.row
-        if "text" in row:
+        if is_text(row):
             return row["text"], []
         if not self.templated:
-            if "messages" in row:
-                self.prompt_text(row)  # raises: a conversation needs a template
-            before = self._plain_prompt(row)
+            before = plain_prompt(row, self.form)
             text = before + self._plain_answer(row)
             return text, [(before, text)]
-        messages = self.messages(row)
+        messages = conversation(row, self.form)
         text = self._render(messages)
         marks = []
         for k, message in enumerate(messages):
@@ -211,14 +236,6 @@ class Encoder:
     def _with_end(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return ids if ids and ids[-1] == eos else [*ids, eos]
-
-    def _plain_prompt(self, row: Row) -> str:
-        # Newlines go with the prompt, spaces with the answer: that is how tokenizers cut words.
-        if not isinstance(row["prompt"], str):
-            raise DataError(
-                "a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one"
-            )
-        return (f"{self.form.system}\n" if self.form.system else "") + row["prompt"] + self.form.separator.rstrip(" ")
 
     def _plain_answer(self, row: Row) -> str:
         return self.form.separator[len(self.form.separator.rstrip(" ")) :] + row["completion"]

@@ -268,8 +268,13 @@ def text_of(value: Any) -> str | None:
 
 
 def texts(row: Row) -> dict[str, str]:
-    """A row's text by column: its dataset columns, or where it has none, whatever columns hold text."""
+    """A row's text by column: its dataset columns, or where it has none, whatever columns hold text.
+
+    A `text` beside an answer is a column carried along, and no part of the example.
+    """
     names = [name for name in TEXT_COLUMNS if name in row] or sorted(row)
+    if row.keys() & {"completion", "chosen", "messages"}:
+        names = [name for name in names if name != "text"]
     found = {name: text_of(row[name]) for name in names}
     return {name: text for name, text in found.items() if text is not None}
 

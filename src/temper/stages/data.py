@@ -26,6 +26,7 @@ class Data(Stage):
     """Rows of one of TRL's dataset types, in three splits."""
 
     kind = "data"
+    version = 2
     gives = "data"
 
     source: str = detail(

@@ -14,7 +14,7 @@ from pydantic import field_validator
 
 from temper import metrics, statistics
 from temper.data.card import read_rows
-from temper.data.chat import Encoded, Encoder
+from temper.data.chat import Encoded, Encoder, is_text
 from temper.engine import device as devices
 from temper.errors import DataError
 from temper.job import Job
@@ -178,7 +178,7 @@ class Evaluate(Stage):
         """A model asked in another form than it was trained in answers worse, and nothing else shows it."""
         stage = self._stage_of(job, name)
         trained = stage.info["facts"].get("written_as") if stage else None
-        if trained and trained != encoder.description and "text" not in records[0].row:
+        if trained and trained != encoder.description and not is_text(records[0].row):
             job.warn(
                 f"{name} was trained on rows written as «{trained}» and is asked in another form «{encoder.description}»: "
                 f"give {self.data.partition('.')[0]} the same format as its training data"

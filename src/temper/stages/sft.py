@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from temper.data.chat import Encoded, Encoder, Format, show
+from temper.data.chat import Encoded, Encoder, Format, is_text, show
 from temper.engine.loop import Batches, Loop, Validated
 from temper.errors import DataError
 from temper.job import Job
@@ -48,7 +48,7 @@ class Sft(TrainingStage, Validated):
         trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
         held_trees = [tree_of(e) for e in held_encoded if len(e.ids) <= context]  # validation is never cut
         note_trained_on(job, records)
-        if "text" not in records[0].row:
+        if not is_text(records[0].row):
             job.facts["written_as"] = encoder.description
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
         validation = rows_of(held_trees, self.row_tokens, self.micro_tokens)
@@ -56,7 +56,7 @@ class Sft(TrainingStage, Validated):
         job.counts["examples"] = len(trees)
         lines = [
             f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",
-            f"written as: {encoder.description}",
+            f"written as: {'the text and an end token' if 'text' in records[0].row else encoder.description}",
         ]
         if lost := len(held) - len(held_trees):
             job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
@@ -74,7 +74,7 @@ class Sft(TrainingStage, Validated):
         self, policy: Policy, encoder: Encoder, held: list[Record]
     ) -> Callable[[], list[dict[str, str]]] | None:
         """Greedy answers to the first validation prompts, for samples.jsonl."""
-        shown = [r for r in held if "text" not in r.row][: self.samples]
+        shown = [r for r in held if not is_text(r.row)][: self.samples]
         if not shown:
             return None
 
