@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from staged_runs import ENVIRONMENT
 from temper import cli, doctor, terminal
+from temper.runfolder import write_sealed
 
 TEMPER = [str(Path(sys.executable).with_name("temper"))]  # the installed command
 SMOKE = ["detox-summarization", "--profile", "smoke"]
@@ -132,7 +133,7 @@ def test_run_prints_its_own_lines_and_the_report_and_nothing_else(run_folder: Pa
     assert ended.code == 0
     assert ended.err == ""  # libraries warn into the log
     assert ended.out.rstrip().endswith(f"report: {run_folder / 'report' / 'index.html'}")
-    assert "corpus: there already" in ended.out and "── sft (sft)" in ended.out and "── compare" in ended.out
+    assert "corpus: cached" in ended.out and "── sft (sft)" in ended.out and "── compare" in ended.out
     assert "Warning" not in ended.out
     assert "\x1b" not in ended.out  # no colours, no progress bars in a pipe
     said = [line for line in ended.out.splitlines() if not line.startswith("report:")]
@@ -266,9 +267,9 @@ def test_bad_input_is_told_in_a_few_lines_and_loses_nothing(
     assert status[stopped_at] == "failed"
     assert all((run_folder / name / "stage.json").is_file() for name in NAMES)
     assert (run_folder / "report" / "index.html").stat().st_mtime > (run_folder / "recipe.yaml").stat().st_mtime
-    # as it was, everything is there already: nothing done was lost
+    # as it was, everything is cached: nothing done was lost
     again = temper("run", *SMOKE, "--out", run_folder, "--set", "threads=1")
-    assert again.code == 0 and again.out.count(": there already\n") == len(NAMES), again.out
+    assert again.code == 0 and again.out.count(": cached\n") == len(NAMES), again.out
 
 
 def test_not_a_number_keeps_the_last_good_checkpoint(run_folder: Path, temper: Callable[..., Ended]) -> None:
@@ -356,7 +357,7 @@ def test_plan_knows_force_work_begun_and_results_set_aside(run_folder: Path, tem
     assert states(ended.out)["sft"] == "cached" and "taken back" in ended.out
     shutil.rmtree(run_folder / f"sft@{key[:8]}")
     (run_folder / "sft.partial" / "checkpoints" / "step-4").mkdir(parents=True)
-    (run_folder / "sft.partial" / "partial.json").write_text(json.dumps({"key": key}))
+    write_sealed(run_folder / "sft.partial" / "partial.json", {"key": key})
     ended = temper("plan", *SMOKE, "--out", run_folder)
     assert states(ended.out)["sft"] == "goes on" and "from step 4" in ended.out
 

@@ -40,7 +40,7 @@ def test_it_runs_from_first_to_last(folder: Path) -> None:
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     text = "".join(out.get("text", "") + out.get("data", {}).get("text/plain", "") for out in outputs)
     pages = [out.data["text/html"] for out in outputs if "text/html" in out.get("data", {})]
-    assert "sft: there already" in text  # the shipped recipe's run was found
+    assert "sft: cached" in text  # the shipped recipe's run was found
     assert "⟦" in text  # and the reader's own trained
     assert any("<table" in page and "rougeL" in page and "sft" in page for page in pages)
     assert any("srcdoc" in page and "&lt;/html&gt;" in page for page in pages)  # the report, within its frame

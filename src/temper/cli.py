@@ -296,7 +296,7 @@ def prune(
     """Delete results that were set aside. A run folder keeps them as STAGE@KEY."""
     import shutil
 
-    from temper.runfolder import RunFolder
+    from temper.runfolder import RunFolder, size_of
 
     if not (folder / "manifest.json").is_file():
         raise RunError(f"{folder} is no run folder", do="name the folder that `temper run` wrote, such as runs/NAME")
@@ -306,7 +306,7 @@ def prune(
         if not aside:
             typer.echo("nothing is set aside here")
             return
-        sizes = [sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in aside]
+        sizes = [size_of(path) for path in aside]
         terminal.table(["set aside", "size"], [(p.name, terminal.size(n)) for p, n in zip(aside, sizes, strict=True)])
         if not yes:
             if not sys.stdin.isatty():
@@ -346,16 +346,19 @@ def _stoppable() -> Iterator[list[Path]]:
 
 def _stopped_at(work: list[Path]) -> str:
     """From where the same command would go on."""
-    from temper.runfolder import read_json
+    from temper.runfolder import progress, read_json
 
     try:
         entries = read_json(work[0] / "manifest.json")["stages"]
         stage = next(e["name"] for e in entries if e["status"] in {"failed", "pending"})
     except (OSError, ValueError, KeyError, IndexError, StopIteration):
         return "the same command starts again; finished stages stay"
-    steps = [int(p.name[5:]) for p in (work[0] / f"{stage}.partial" / "checkpoints").glob("step-*")]
-    place = f"step {max(steps)} of stage {stage}" if steps else f"stage {stage}"
-    return f"the same command goes on from {place}"
+    step, answered = progress(work[0] / f"{stage}.partial")
+    if step:
+        return f"the same command goes on from step {step} of stage {stage}"
+    if answered:
+        return f"the same command goes on with stage {stage}; the answers of {answered} of its models are kept"
+    return f"the same command begins stage {stage} anew; finished stages stay"
 
 
 def _choice(stages: list[str] | None, skip: list[str] | None, force: list[str] | None) -> Choice:

@@ -110,7 +110,7 @@ class Job:
     def start_clock(self) -> None:
         before = self.dir / "clock.json"
         earlier = 0.0
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             earlier = float(read_json(before)["seconds"])
         self._started = time.perf_counter() - earlier
 

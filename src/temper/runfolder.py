@@ -1,7 +1,8 @@
 """The run folder on disk: stages appear whole or not at all, and damage is noticed.
 
-A stage is written in `STAGE.partial/`, listed with checksums in its `stage.json` (the last file written), and
-renamed. A result made under other settings is set aside as `STAGE@KEY`, and taken back when the settings return.
+A stage is written in `STAGE.partial/`, listed with checksums in its `stage.json` (the last file written, with a
+checksum of its own), and renamed. A result made under other settings is set aside as `STAGE@KEY`, unfinished work as
+`STAGE.partial@KEY`; both are taken back when the settings return.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from temper.errors import RunError
 
 SHORT = 8  # hex digits of a key in a folder's name
-SCRATCH = ("checkpoints", "tokenizer", "answers")  # what only an unfinished stage needs: gone once it has its name
+SCRATCH = ("checkpoints", "tokenizer", "answers", "rollouts")  # what only an unfinished stage needs: gone once it has its name
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -48,6 +49,26 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a dictionary with a last key `sha256`, over the canonical JSON of the rest."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # as a reader will see it: lists, and keys that are text
+    write_json(path, {**plain, "sha256": _seal(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, without the checksum; None where it is absent, unreadable or not what was written."""
+    try:
+        value = read_json(path)
+        given = value.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return value if given == _seal(value) else None
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sync_folder(path: Path) -> None:
@@ -80,10 +101,23 @@ def checksums(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dic
     return out
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def progress(partial: Path) -> tuple[int, int]:
+    """How far unfinished work has come: the step of its newest checkpoint, and how many models' answers it keeps."""
+    steps = [int(p.name[5:]) for p in partial.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
+    return max(steps, default=0), len(list(partial.glob("answers/*.json")))
+
+
 def _sweep(leftovers: Iterable[Path]) -> None:
-    """Delete what `write_atomic` left where a kill fell between its write and its rename."""
+    """Delete what a kill left between a write and its rename, or of a folder that was being deleted."""
     for path in list(leftovers):
-        if path.is_file():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.is_file():
             path.unlink()
 
 
@@ -158,64 +192,89 @@ class RunFolder:
     def find(self, name: str, key: str) -> tuple[Result | None, str | None]:
         """The finished stage under this key, verified; and a sentence on what was found damaged, if anything was.
 
-        Finishes a rename that a kill interrupted and takes back a result that had been set aside.
+        Finishes a rename that a kill interrupted and takes back a result that had been set aside. What is damaged is
+        set aside as `STAGE@damaged`.
         """
-        problem = None
-        for folder in (self.path / name, self.path / f"{name}@{key[:SHORT]}", self.partial(name)):
+        damaged = None
+        for folder in self._places(name, key):
             info = self._info(folder)
-            if info is None and folder == self.path / name and folder.is_dir():
-                problem = f"stage {name} was damaged after it was written (stage.json cannot be read); it runs again"
-            if info is None or info.get("key") != key:
+            if info is None:
+                if ".partial" in folder.name or not folder.is_dir():
+                    continue  # unfinished, or not there
+                wrong = "stage.json is not what was written (checksum)"
+            elif info["key"] != key:
                 continue
-            if self._verified.get(name) != key:
-                wrong = damage(folder, info["files"])
-                if wrong:
-                    problem = f"stage {name} was damaged after it was written ({wrong}); it runs again"
-                    self._set_aside(folder, f"{name}@damaged-{key[:SHORT]}")
-                    continue
-                self._verified[name] = key
+            else:
+                wrong = None if self._verified.get(name) == key else damage(folder, info["files"])
+            if info is None or wrong:
+                damaged = wrong
+                self._set_aside(folder, f"{name}@damaged")
+                continue
+            self._verified[name] = key
             if folder != self.path / name:
                 self.make_room(name)
                 os.rename(folder, self.path / name)
                 sync_folder(self.path)
             self._tidy(name)
-            return Result(name, self.path / name, info), problem
-        return None, problem
+            said = (
+                damaged and f"stage {name} was damaged after it was written ({damaged}); another copy takes its place"
+            )
+            return Result(name, self.path / name, info), said
+        return None, damaged and f"stage {name} was damaged after it was written ({damaged}); it runs again"
 
     def recorded(self, name: str, key: str) -> Result | None:
-        """The finished stage under this key where it lies now: nothing is verified, nothing is moved."""
-        for folder in (self.path / name, self.path / f"{name}@{key[:SHORT]}", self.partial(name)):
+        """The finished stage under this key where it lies now: no file is verified, nothing is moved."""
+        for folder in self._places(name, key):
             info = self._info(folder)
-            if info is not None and info.get("key") == key:
+            if info is not None and info["key"] == key:
                 return Result(name, folder, info)
         return None
+
+    def _places(self, name: str, key: str) -> list[Path]:
+        """Where a finished stage can be: the last two hold one where a kill fell before it was given its name."""
+        aside = [p for base in (name, f"{name}.partial") for p in sorted(self.path.glob(f"{base}@{key[:SHORT]}*"))]
+        return [self.path / name, *aside, self.partial(name)]
 
     def peek(self, name: str) -> Result | None:
         """The finished stage of that name under whatever key, not verified."""
         info = self._info(self.path / name)
         return Result(name, self.path / name, info) if info else None
 
-    def begin(self, name: str, key: str) -> Path:
-        """The folder to work in: unfinished work under the same key goes on, under another key it is set aside."""
-        partial = self.partial(name)
-        mark = partial / "partial.json"
-        aside = self.path / f"{name}.partial@{key[:SHORT]}"
-        if partial.is_dir():
-            try:
-                old = read_json(mark)["key"]
-            except (OSError, ValueError, KeyError):
-                old = None  # killed before the mark was written: nothing was done yet
-            if old is None:
-                shutil.rmtree(partial)
-            elif old != key:
-                self._set_aside(partial, f"{name}.partial@{old[:SHORT]}")
-        if not partial.is_dir():
-            if aside.is_dir():
-                os.rename(aside, partial)
-            else:
-                partial.mkdir(parents=True)
-                write_json(mark, {"key": key})
-        return partial
+    def begin(self, name: str, key: str) -> tuple[Path, str | None]:
+        """The folder to work in, and a sentence on unfinished work that could not be gone on with, if there was such.
+
+        Of unfinished work under this key, the one that came furthest goes on; under another key it is set aside.
+        """
+        partial, problem = self.partial(name), None
+        old = self.unfinished(partial)
+        if partial.is_dir() and old is None and any(p.name[0] != "." for p in partial.iterdir()):
+            kept = self._set_aside(partial, f"{name}.partial@damaged")
+            problem = (
+                f"nobody can tell which settings the unfinished work of stage {name} belongs to: its partial.json is "
+                f"damaged or gone. It was set aside as {kept.name}, and the stage begins anew"
+            )
+        elif partial.is_dir() and old is None:
+            self._delete(partial)  # killed before the mark was written: nothing was done yet
+        elif old is not None and old != key:
+            self._set_aside(partial, f"{name}.partial@{old[:SHORT]}")
+        best = max(self._all_unfinished(name, key), key=progress, default=None)
+        if best is None:
+            partial.mkdir(parents=True)
+            write_sealed(partial / "partial.json", {"key": key})
+        elif best != partial:
+            if partial.is_dir():
+                self._set_aside(partial, f"{name}.partial@{key[:SHORT]}")
+            os.rename(best, partial)
+        return partial, problem
+
+    def unfinished(self, partial: Path) -> str | None:
+        """The key that a folder of unfinished work belongs to; None where there is none, or none that can be trusted."""
+        mark = read_sealed(partial / "partial.json")
+        return mark["key"] if mark else None
+
+    def _all_unfinished(self, name: str, key: str) -> list[Path]:
+        folders = [self.partial(name), *sorted(self.path.glob(f"{name}.partial@{key[:SHORT]}*"))]
+        return [folder for folder in folders if self.unfinished(folder) == key]
 
     def commit(self, name: str, info: dict[str, Any]) -> Result:
         """List the files of `STAGE.partial` with checksums and give it its name."""
@@ -223,7 +282,7 @@ class RunFolder:
         _sweep(partial.rglob(".*.tmp"))
         files = checksums(partial, leave_out=("partial.json", "stage.json", *SCRATCH))
         info = {**info, "files": files, "bytes_on_disk": sum(f["bytes"] for f in files.values())}
-        write_json(partial / "stage.json", info)
+        write_sealed(partial / "stage.json", info)
         self.make_room(name)
         os.rename(partial, self.path / name)
         sync_folder(self.path)
@@ -237,18 +296,17 @@ class RunFolder:
         if info is not None:
             self._set_aside(self.path / name, f"{name}@{info['key'][:SHORT]}")
         elif (self.path / name).exists():
-            self._set_aside(self.path / name, f"{name}@unreadable")
+            self._set_aside(self.path / name, f"{name}@damaged")
 
-    def discard(self, name: str) -> None:
-        """Forget the work of a stage that is to be run afresh; a finished result is set aside, not deleted."""
-        if self.partial(name).is_dir():
-            (self.partial(name) / "partial.json").unlink(missing_ok=True)  # first: half of it must not be gone on with
-            shutil.rmtree(self.partial(name))
+    def discard(self, name: str, key: str) -> None:
+        """Forget the unfinished work of a stage that is to be run afresh; a finished result is set aside instead."""
+        for folder in self._all_unfinished(name, key):
+            self._delete(folder)
         self.make_room(name)
 
     def aside(self) -> list[Path]:
         """Everything set aside, for `temper prune`."""
-        return sorted(p for p in self.path.iterdir() if p.is_dir() and "@" in p.name)
+        return sorted(p for p in self.path.iterdir() if p.is_dir() and "@" in p.name and p.name[0] != ".")
 
     def _tidy(self, name: str) -> None:
         """Delete what the work on a stage left in it. Only now: until it has its name, a kill would lose the work."""
@@ -256,18 +314,21 @@ class RunFolder:
         for part in SCRATCH:
             shutil.rmtree(self.path / name / part, ignore_errors=True)
 
-    def _set_aside(self, folder: Path, name: str) -> None:
+    def _set_aside(self, folder: Path, name: str) -> Path:
         target = self.path / name
         n = 2
         while target.exists():
             target = self.path / f"{name}-{n}"
             n += 1
         os.rename(folder, target)
+        return target
+
+    def _delete(self, folder: Path) -> None:
+        """Under another name first: what a kill leaves of it must not be gone on with. `locked` deletes the rest."""
+        gone = self.path / f".{folder.name}.deleted.tmp"
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
 
     @staticmethod
     def _info(folder: Path) -> dict[str, Any] | None:
-        try:
-            info = read_json(folder / "stage.json")
-        except (OSError, ValueError):
-            return None
-        return info if isinstance(info, dict) and {"key", "files"} <= info.keys() else None
+        return read_sealed(folder / "stage.json")

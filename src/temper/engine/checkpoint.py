@@ -24,7 +24,10 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def write(
     folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
 ) -> None:
-    """Write beside, then rename; an older checkpoint of the same name is replaced."""
+    """Write beside, then rename; an older checkpoint of the same name is replaced.
+
+    Between the deletion of the older one and the rename, the new one stands beside, whole: `recover` names it.
+    """
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
@@ -44,6 +47,19 @@ def write(
         shutil.rmtree(folder)
     os.rename(beside, folder)
     sync_folder(folder.parent)
+
+
+def recover(root: Path) -> None:
+    """Clear up after a kill: a checkpoint left beside takes its name if it is whole and no whole one has it."""
+    for beside in sorted(root.glob(".*.tmp")):
+        folder = root / beside.name.removeprefix(".").removesuffix(".tmp")
+        if problem(beside) is None and problem(folder) is not None:
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(beside, folder)
+            sync_folder(root)
+        else:
+            shutil.rmtree(beside)
 
 
 def read_weights(folder: Path, module: torch.nn.Module) -> None:
@@ -79,7 +95,7 @@ def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None where all is well."""
     try:
         return damage(folder, read_json(folder / "checksums.json"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its checksums cannot be read: {error}"
 
 
