@@ -165,5 +165,5 @@ def test_real_rows():
 
 def test_a_text_carried_along_is_no_part_of_the_example() -> None:
     pair = {"prompt": "a", "completion": "b"}
-    assert texts(pair | {"text": "the whole article"}) == texts(pair) == pair
-    assert texts({"text": "t", "note": "n"}) == {"text": "t"}
+    assert formats.texts(pair | {"text": "the whole article"}) == formats.texts(pair) == pair
+    assert formats.texts({"text": "t", "note": "n"}) == {"text": "t"}

@@ -56,7 +56,7 @@ class Sft(TrainingStage, Validated):
         job.counts["examples"] = len(trees)
         lines = [
             f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",
-            f"written as: {'the text and an end token' if 'text' in records[0].row else encoder.description}",
+            f"written as: {'the text and an end token' if is_text(records[0].row) else encoder.description}",
         ]
         if lost := len(held) - len(held_trees):
             job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
