@@ -36,8 +36,10 @@ class Adapter(Config):
     dora: bool = Field(default=False, description="Weight-decomposed LoRA (Liu et al. 2024).")
 
 
-def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
-    """Put a fresh adapter on a model; it starts as nothing (B = 0).
+def attach(
+    model: PreTrainedModel, adapter: Adapter, seed: int, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> PeftModel:
+    """Put a fresh adapter on a model; it starts as nothing (B = 0). A classifier's head is trained whole beside it.
 
     Raises:
         ModelError: the targets match no layer; the names there are.
@@ -52,7 +54,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> PeftModel:
         use_dora=adapter.dora,
         # GPT-2 keeps its matrices transposed; PEFT finds that out by itself too, with a warning
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         return get_peft_model(model, config)  # type: ignore[return-value]

@@ -107,7 +107,15 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
             job.warn(
                 f"trees are not used with this model ({proof['reason']}); the padded layout gives the same numbers, slower"
             )
-    hf = policy.inner
+    text = proof["reason"]
+    if proof.get("difference") is not None:
+        text += f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})"
+    note_used(job, policy, precision, text)
+
+
+def note_used(job: Job, policy: Policy, precision: str, proof: str) -> None:
+    """Note for the report what is really used, and how large the model is."""
+    hf, device = policy.inner, policy.device
     every, trained = load.parameters(policy)
     job.counts.update(parameters=every, trainable_parameters=trained)
     job.facts.update(
@@ -119,12 +127,7 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
         weights=str(next(policy.parameters()).dtype).removeprefix("torch."),
         attention=hf.config._attn_implementation,
         layout=policy.layout,
-        proof=proof["reason"]
-        + (
-            f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})"
-            if proof.get("difference") is not None
-            else ""
-        ),
+        proof=proof,
         activation_checkpointing=_recomputes(hf),
     )
 
@@ -251,7 +254,8 @@ def proven_merge(job: Job, policy: Policy, probe: Row) -> Any:
     with torch.no_grad():
         before = policy(probe)
         hf, change = adapters.merged(policy.hf)
-        difference = (Policy(hf, policy.layout)(probe) - before).abs().max().item()
+        policy.hf = hf  # the adapter's layers are gone from the model: what wrapped it is no longer of use
+        difference = (policy(probe) - before).abs().max().item()
     job.facts["merge"] = (
         f"weights changed by up to {change:.1e} of their norm; log-probabilities equal the adapter's to {difference:.1e}"
     )
