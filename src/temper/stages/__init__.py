@@ -1,9 +1,10 @@
 """One file a kind of stage: read any of them top to bottom. They meet in the run folder and nowhere else."""
 
+from temper.stages.classifier import TrainClassifier
 from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
 from temper.stages.sft import Sft
 
-__all__ = ["Data", "Evaluate", "Merge", "Pretrain", "Sft"]
+__all__ = ["Data", "Evaluate", "Merge", "Pretrain", "Sft", "TrainClassifier"]
