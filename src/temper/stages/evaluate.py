@@ -23,7 +23,7 @@ from temper.models.scores import Policy
 from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
-from temper.runfolder import Result, read_json, write_json
+from temper.runfolder import Result, read_sealed, write_json, write_sealed
 from temper.stages import summary
 from temper.stages.sft import format_of, tree_of
 from temper.stages.training import TRAINED_ON, fingerprint, settle
@@ -58,7 +58,7 @@ class Evaluate(Stage):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-        metrics.read(value)  # an unknown metric is told before hours of training, not after
+        metrics.read(value, where="metrics")  # an unknown metric is told before hours of training, not after
         return value
 
     def run(self, job: Job) -> None:
@@ -107,8 +107,10 @@ class Evaluate(Stage):
     def _answers(self, job: Job, name: str, records: list[Record]) -> Outputs:
         """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
         kept = job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
-        if kept.is_file():
-            found = read_json(kept)
+        found = read_sealed(kept)
+        if found is None and kept.is_file():
+            job.warn(f"the answers of {name} that were kept are damaged; it answers again")
+        if found is not None:
             for warning in found["warnings"]:
                 job.warn(warning)
             job.facts.update(found["facts"])
@@ -168,7 +170,7 @@ class Evaluate(Stage):
             out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
         kept.parent.mkdir(exist_ok=True)
         noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
-        write_json(kept, {"outputs": out, **noted})
+        write_sealed(kept, {"outputs": out, **noted})
         return _outputs(out)
 
     def _stage_of(self, job: Job, name: str) -> Result | None:
