@@ -42,7 +42,10 @@ SAMPLE = Outputs(
     ended=[True, True, False, True],
     nll=np.array([6.0, 2.5, 3.0, 0.5]),
     tokens=np.array([3, 4, 2, 1]),
+    toxicity=np.array([[0.1, 0.7], [0.9, 0.2], [0.4, 0.3], [0.55, 0.6]]),
+    classifier="judge",
 )
+NEEDS = {"lexicon": {"lexicon": {"words": ["one"]}}}  # what must be said of a metric that has no default for it
 
 
 @pytest.mark.parametrize("module", [words, rouge, likelihood, text])
@@ -57,7 +60,8 @@ def test_the_worked_numbers_in_docstrings_hold(module):
 def test_a_subset_of_rows_has_the_score_of_their_summed_statistics(name):
     """What resampling rests on, for each metric by its registration alone."""
     picks = [[0, 1, 2, 3], [2, 0], [0, 0, 2], [3], [1, 2]]
-    whole = metrics.compute([name], SAMPLE)
+    spec = [NEEDS.get(name, name)]
+    whole = metrics.compute(spec, SAMPLE)
     for pick in picks:
         part = Outputs(
             *([column[i] for i in pick] for column in (SAMPLE.prompts, SAMPLE.predictions)),
@@ -65,17 +69,22 @@ def test_a_subset_of_rows_has_the_score_of_their_summed_statistics(name):
             ended=[SAMPLE.ended[i] for i in pick],
             nll=SAMPLE.nll[pick],
             tokens=SAMPLE.tokens[pick],
+            toxicity=SAMPLE.toxicity[pick],
+            classifier=SAMPLE.classifier,
         )
-        for given_name, scores in metrics.compute([name], part).items():
-            expected = whole[given_name].aggregate(whole[given_name].stats[pick].sum(0))
+        for given_name, scores in metrics.compute(spec, part).items():
+            expected = whole[given_name].on(np.array(pick))
             assert scores.value == pytest.approx(float(expected), nan_ok=True), (given_name, pick)
 
 
 @pytest.mark.parametrize("name", list(metrics.registry))
 def test_shapes_signature_and_description(name):
-    for given_name, scores in metrics.compute([name], SAMPLE).items():
+    for given_name, scores in metrics.compute([NEEDS.get(name, name)], SAMPLE).items():
         assert scores.stats.ndim == 2 and len(scores.stats) == len(scores.rows) == 4
-        assert scores.aggregate(np.tile(scores.stats.sum(0), (2, 3, 1))) == pytest.approx(np.full((2, 3), scores.value))
+        assert scores.on(np.tile(np.arange(4), (2, 3, 1))) == pytest.approx(np.full((2, 3), scores.value))
+        if scores.of_rows is None:
+            tiled = np.tile(scores.stats.sum(0), (2, 3, 1))
+            assert scores.aggregate(tiled) == pytest.approx(np.full((2, 3), scores.value))
         assert scores.signature.startswith(f"{given_name}|")
     line = metrics.describe()[name]
     assert 20 < len(line) <= 115 and line[-1] in ".:"

@@ -34,7 +34,7 @@ ONLY = {
     "trees": set(),
     "data": {"errors", "types", "recipe"},
     "losses": {"registry"},
-    "metrics": {"errors", "registry", "types"},
+    "metrics": {"data", "errors", "registry", "types"},  # data: the insults of the mini sets
     "statistics": {"types"},
     "rollouts": {"errors", "address", "recipe", "models"},
     "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it

@@ -26,6 +26,7 @@ class Outputs:
     `nll` is the negative log-likelihood in nats of each reference given its prompt, summed over the reference's
     `tokens` tokens (its end token included); both are None where no metric asked for them.
     `ended` says whether the model ended its answer itself rather than by the length limit.
+    `toxicity` is a classifier's probability that each of a prompt's k answers is toxic, its prediction first.
     """
 
     prompts: list[str]
@@ -34,6 +35,8 @@ class Outputs:
     ended: list[bool]
     nll: np.ndarray | None = None  # float64 [N]
     tokens: np.ndarray | None = None  # int64 [N]
+    toxicity: np.ndarray | None = None  # float64 [N, k]
+    classifier: str = ""  # which one and which of its labels: part of the signature of what it scored
 
 
 def mean_of_rows(sums: np.ndarray) -> np.ndarray:
@@ -45,8 +48,10 @@ def mean_of_rows(sums: np.ndarray) -> np.ndarray:
 class Scores:
     """One metric on N rows, in a form that can be resampled.
 
-    `stats` [N, D] are additive: the metric on any multiset of rows is `aggregate(stats of those rows, summed)`,
-    where `aggregate` maps [..., D] to [...]. A mean is (score, 1) with `mean_of_rows`; corpus BLEU is its counts.
+    Most are additive: `stats` [N, D] are statistics of single rows, and the metric on any multiset of rows is
+    `aggregate(stats of those rows, summed)`, where `aggregate` maps [..., D] to [...]. A mean is (score, 1) with
+    `mean_of_rows`; corpus BLEU is its counts. A quantile is no function of sums: there `of_rows` maps the rows of a
+    multiset [..., M] to [...], and `stats` are not looked at.
     `rows` [N] is what is shown for a single row (nan where it has none).
     """
 
@@ -55,6 +60,8 @@ class Scores:
     signature: str  # enough to reproduce the number: tokenizer, case, version
     higher_is_better: bool | None = True  # None: neither (a length)
     aggregate: Callable[[np.ndarray], np.ndarray] = field(default=mean_of_rows)
+    of_rows: Callable[[np.ndarray], np.ndarray] | None = None
+    resampled: bool = True  # False: neither interval nor test, since resampling says nothing of it (a maximum)
 
     @staticmethod
     def mean(rows: np.ndarray, signature: str, *, higher_is_better: bool | None = True) -> Scores:
@@ -62,6 +69,25 @@ class Scores:
         rows = np.asarray(rows, dtype=np.float64)
         return Scores(np.stack([rows, np.ones_like(rows)], -1), rows, signature, higher_is_better)
 
+    @staticmethod
+    def order(
+        rows: np.ndarray,
+        statistic: Callable[[np.ndarray], np.ndarray],
+        signature: str,
+        *,
+        higher_is_better: bool | None = True,
+        resampled: bool = True,
+    ) -> Scores:
+        """Scores of a metric that is a function of its rows in order: a quantile, a maximum. [..., M] → [...]."""
+        rows = np.asarray(rows, dtype=np.float64)
+        return Scores(rows[:, None], rows, signature, higher_is_better, of_rows=statistic, resampled=resampled)
+
+    def on(self, chosen: np.ndarray) -> np.ndarray:
+        """The metric on multisets of rows, given by their indices [..., M] → [...]."""
+        if self.of_rows is not None:
+            return self.of_rows(self.rows[chosen])
+        return self.aggregate(self.stats[chosen].sum(-2))
+
     @property
     def value(self) -> float:
-        return float(self.aggregate(self.stats.sum(0)))
+        return float(self.on(np.arange(len(self.rows))))

@@ -17,11 +17,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
-from temper.metrics import likelihood, rouge, text  # noqa: F401 (each registers its own)
+from temper.metrics import lexicon, likelihood, rouge, text, toxicity  # noqa: F401 (each registers its own)
 from temper.metrics.table import declared, register, registry
 from temper.types import Outputs, Scores
 
-__all__ = ["Request", "Spec", "compute", "describe", "needs_likelihood", "needs_text", "read", "register", "registry"]
+__all__ = [
+    "Request",
+    "Spec",
+    "asks_of_classifier",
+    "compute",
+    "describe",
+    "needs_likelihood",
+    "needs_text",
+    "read",
+    "register",
+    "registry",
+]
 
 Spec = Sequence[str | dict[str, Any]]
 
@@ -51,7 +62,7 @@ def read(spec: Spec, *, where: str = "") -> list[Request]:
             raise RecipeError(
                 f"metric «{name}» with {options} gives no score", where=where, do="leave it out or ask more"
             )
-        for given in request.gives:
+        for given in (*request.gives, *declared[name].also):
             if given in owners:
                 raise RecipeError(
                     f"«{given}» is asked for twice, by «{owners[given]}» and «{name}»", where=where, do="leave one"
@@ -80,7 +91,12 @@ def needs_likelihood(spec: Spec) -> bool:
 
 def needs_text(spec: Spec) -> bool:
     """Whether any metric needs predictions generated."""
-    return any(declared[request.name].reads == "text" for request in read(spec))
+    return any(declared[request.name].reads != "likelihood" for request in read(spec))
+
+
+def asks_of_classifier(spec: Spec) -> dict[str, Any] | None:
+    """The options of the metric that reads `outputs.toxicity`; None where none does."""
+    return next((r.options for r in read(spec) if declared[r.name].reads == "toxicity"), None)
 
 
 def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Scores]:
@@ -96,14 +112,15 @@ def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Score
     scores: dict[str, Scores] = {}
     for name, options, gives in requests:
         given = registry.get(name)(outputs, **options)
-        if list(given) != gives:
+        if [score for score in given if score not in declared[name].also] != gives:
             raise ValueError(f"metric {name!r} declared {gives} and gave {list(given)}")
         scores |= given
     return scores
 
 
 def _check_lengths(outputs: Outputs, where: str) -> None:
-    columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens]
+    columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens,
+               outputs.toxicity]  # fmt: skip
     lengths = {len(column) for column in columns if column is not None}
     if len(lengths) > 1:
         raise ValueError(f"columns of outputs differ in length: {sorted(lengths)}")

@@ -9,6 +9,7 @@ from temper.registry import Registry
 from temper.types import Scores
 
 Metric = Callable[..., dict[str, Scores]]
+Reads = Literal["text", "likelihood", "toxicity"]
 
 registry: Registry[Metric] = Registry("metric")
 
@@ -16,26 +17,29 @@ registry: Registry[Metric] = Registry("metric")
 class Declared(NamedTuple):
     """What must be known of a metric before there are outputs."""
 
-    reads: Literal["text", "likelihood"]
+    reads: Reads
     gives: Callable[..., list[str]]  # options → names of the scores
+    also: tuple[str, ...]  # scores that it gives besides where the outputs allow them
 
 
 declared: dict[str, Declared] = {}
 
 
 def register(
-    name: str, *, reads: Literal["text", "likelihood"] = "text", gives: Callable[..., list[str]] | None = None
+    name: str, *, reads: Reads = "text", gives: Callable[..., list[str]] | None = None, also: tuple[str, ...] = ()
 ) -> Callable[[Metric], Metric]:
     """Decorator that enters a metric under `name`.
 
     Args:
-        reads: "text" if it needs predictions generated, "likelihood" if it reads `nll` and `tokens` instead.
+        reads: "text" if it needs predictions generated, "toxicity" if it needs a classifier's judgement of them too,
+            "likelihood" if it reads `nll` and `tokens` instead.
         gives: maps the options (as keyword arguments) to the names of the scores returned; by default `name` alone.
+        also: names of scores that it gives besides where the outputs allow them.
     """
 
     def add(metric: Metric) -> Metric:
         registry.register(name)(metric)
-        declared[name] = Declared(reads, gives or (lambda **options: [name]))
+        declared[name] = Declared(reads, gives or (lambda **options: [name]), also)
         return metric
 
     return add
