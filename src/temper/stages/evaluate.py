@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from temper import metrics, statistics
 from temper.data.card import read_rows
@@ -20,10 +20,11 @@ from temper.errors import DataError
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.recipe import DataRef, ModelRef, Stage, detail, replica, stages
+from temper.recipe import ClassifierRef, DataRef, ModelRef, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_sealed, write_json, write_sealed
+from temper.stages import judge as judging
 from temper.stages import summary
 from temper.stages.sft import format_of, tree_of
 from temper.stages.training import TRAINED_ON, fingerprint, settle
@@ -45,8 +46,14 @@ class Evaluate(Stage):
     metrics: list[str | dict[str, Any]] = detail(
         ["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1
     )
+    classifier: ClassifierRef | None = detail(
+        None, "What the metric toxicity asks: a classifier stage, a folder, or a hub id (id@revision)."
+    )
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
+    samples: int = detail(
+        1, "Answers to each prompt. Above 1 toxicity_expected_max reads them all; every other metric the first.", ge=1
+    )
     batch_size: int = detail(32, "Answers decoded together.", ge=1, affects_result=False)
     micro_tokens: int = detail(
         4096, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False
@@ -61,12 +68,20 @@ class Evaluate(Stage):
         metrics.read(value, where="metrics")  # an unknown metric is told before hours of training, not after
         return value
 
+    @model_validator(mode="after")
+    def _fits(self) -> Evaluate:
+        asked = metrics.asks_of_classifier(self.metrics) is not None
+        judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
+        return self
+
     def run(self, job: Job) -> None:
         records = self._records(job)
+        asked = metrics.asks_of_classifier(self.metrics)
+        judge = judging.Judge(job, str(self.classifier), asked["label"]) if asked else None
         copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
         outputs: dict[str, Outputs] = {}
         for name in [*self.models, *copies]:
-            outputs[name] = self._answers(job, name, records)
+            outputs[name] = self._answers(job, name, records, judge)
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)
         self._write_rows(job, outputs, {n: scores[n] for n in self.models})
@@ -104,7 +119,7 @@ class Evaluate(Stage):
                     )
         return records
 
-    def _answers(self, job: Job, name: str, records: list[Record]) -> Outputs:
+    def _answers(self, job: Job, name: str, records: list[Record], judge: judging.Judge | None) -> Outputs:
         """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
         kept = job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
         found = read_sealed(kept)
@@ -139,6 +154,8 @@ class Evaluate(Stage):
             "ended": [True] * len(records),
             "nll": None,
             "tokens": None,
+            "toxicity": None,
+            "classifier": "",
         }
         if metrics.needs_text(self.metrics):
             prompts = encoder.prompts(records)
@@ -149,15 +166,21 @@ class Evaluate(Stage):
                         where=record.where,
                         do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
                     )
-            with job.progress(len(prompts), f"{name} answers") as bar, devices.autocast(device, precision):
+            with (
+                job.progress(len(prompts) * self.samples, f"{name} answers") as bar,
+                devices.autocast(device, precision),
+            ):
                 sampler = Sampler(hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
                 job.say(f"{name} answers: {sampler.reason}")
-                found = sampler.sample(prompts, self.decoding, seed=job.seed, progress=bar)
-                answers = [one for (one,) in found]
-            out["predictions"] = [
-                t.strip() for t in tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
-            ]
+                drawn = sampler.sample(prompts, self.decoding, completions=self.samples, seed=job.seed, progress=bar)
+            answers = [group[0] for group in drawn]
+            ids = [one.ids for group in drawn for one in group]
+            texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            out["predictions"] = texts[:: self.samples]
             out["ended"] = [a.ended for a in answers]
+            if judge is not None:
+                out["toxicity"] = judge(texts).reshape(-1, self.samples).tolist()
+                out["classifier"] = judge.name
             if (cut := out["ended"].count(False)) > len(answers) / 2:
                 job.warn(
                     f"{cut} of {len(answers)} answers of {name} were cut by max_new_tokens "
@@ -284,6 +307,8 @@ def _outputs(raw: dict[str, Any]) -> Outputs:
         raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
         None if raw["nll"] is None else np.array(raw["nll"], np.float64),
         None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
+        None if raw["toxicity"] is None else np.array(raw["toxicity"], np.float64),
+        raw["classifier"],
     )  # fmt: skip
 
 
