@@ -5,6 +5,7 @@ Whatever happened, it is told, nothing half-written stands under a final name, a
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -112,6 +113,35 @@ def test_damaged_best_weights_are_not_kept_as_best(
     assert ended["status"] == 0, ended["traceback"]
     assert any("best weights" in w for w in read_json(folder / "sft" / "stage.json")["warnings"])
     assert weights(folder) == weights(untroubled)
+
+
+def test_a_damaged_mark_costs_the_work_and_is_told(
+    forks: Workshop, smoke_run: Path, untroubled: Path, tmp_path: Path
+) -> None:
+    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN)
+    assert forks.run(folder, die_at="step 7 in sft.partial/metrics.jsonl", **TRAIN)["status"] == -signal.SIGKILL
+    flip(folder / "sft.partial" / "partial.json", at=0.3)
+    ended = forks.run(folder, **TRAIN)
+    assert ended["status"] == 0, ended["traceback"]
+    assert [w for w in read_json(folder / "sft" / "stage.json")["warnings"] if "partial.json is damaged" in w]
+    assert "set aside earlier: 1, " in log_of(folder) and f"temper prune {folder}" in log_of(folder)
+    assert (folder / "sft.partial@damaged" / "checkpoints" / "step-6").is_dir()
+    assert weights(folder) == weights(untroubled)
+
+
+def test_a_damaged_answer_is_asked_again(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+    """One letter of an answer: the file reads well, and its scores would be wrong."""
+    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN, "sft")
+    assert forks.run(folder, {}, die_at="before compare.partial/evaluation.json")["status"] == -signal.SIGKILL
+    kept = sorted((folder / "compare.partial" / "answers").glob("*.json"))
+    found = read_json(kept[0])
+    found["outputs"]["predictions"][0] += "а"
+    kept[0].write_text(json.dumps(found), encoding="utf-8")
+    ended = forks.run(folder, {})
+    assert ended["status"] == 0, ended["traceback"]
+    told = read_json(folder / "compare" / "stage.json")["warnings"]
+    assert len([w for w in told if "that were kept are damaged" in w]) == 1 and len(kept) == 2
+    assert weights(folder) == weights(smoke_run)
 
 
 @pytest.mark.parametrize(
