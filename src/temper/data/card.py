@@ -73,6 +73,15 @@ def _summary(ordered: list[int]) -> dict[str, float]:
     return {"min": ordered[0], "median": statistics.median(ordered), "p95": nearest_rank, "max": ordered[-1]}
 
 
+def write_data(folder: Path, splits: Splits, dropped: Sequence[tuple[Record, str]]) -> None:
+    """`data/` of a stage: a file a split that has rows, and what was dropped."""
+    (folder / "data").mkdir(exist_ok=True)
+    for name, records in splits.items():
+        if records:
+            write_rows(folder / "data" / f"{name}.parquet", records)
+    write_dropped(folder / "data" / "dropped.parquet", dropped)
+
+
 def write_rows(path: Path, records: Sequence[Record]) -> None:
     """Rows as parquet, with where each came from in the column `_where`.
 

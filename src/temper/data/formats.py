@@ -190,6 +190,32 @@ def apply(
     return out
 
 
+def fill(records: Sequence[Record], template: Any, name: str) -> list[Any]:
+    """One template filled in for each record; `name` is what errors call it.
+
+    >>> fill([Record({"n": 2}, "file:1")], "{n} books", "question")
+    ['2 books']
+
+    Raises:
+        RecipeError: a lone brace.
+        DataError: a row without a column.
+    """
+    parsed = _parse_all(template, name)
+    return [_fill(parsed, record, name) for record in records]
+
+
+def columns(template: Any, name: str) -> set[str]:
+    """The columns that a template asks for.
+
+    >>> sorted(columns([{"role": "user", "content": "{a} and {b}"}], "messages"))
+    ['a', 'b']
+    """
+    if isinstance(template, str):
+        return {str(piece) for piece in parse(template, where=name) if isinstance(piece, Column)}
+    parts = template.values() if isinstance(template, dict) else template if isinstance(template, list) else []
+    return {column for part in parts for column in columns(part, name)}
+
+
 def dataset_type(row: Row, *, where: str = "") -> str:
     """Which of TRL's dataset types a row is (see the top of this file).
 

@@ -3,8 +3,10 @@
 from temper.stages.classifier import TrainClassifier
 from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate
+from temper.stages.generate import Generate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
+from temper.stages.rl import Rl
 from temper.stages.sft import Sft
 
-__all__ = ["Data", "Evaluate", "Merge", "Pretrain", "Sft", "TrainClassifier"]
+__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "TrainClassifier"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from temper.data import sources
-from temper.data.card import card, write_dropped, write_rows
+from temper.data.card import card, write_data
 from temper.data.chat import Format
 from temper.data.clean import Drop, clean
 from temper.data.formats import apply, texts
@@ -102,11 +102,7 @@ class Data(Stage):
         )
         splits = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
         found = leaks(splits, near=self.near_leaks)
-        (job.dir / "data").mkdir(exist_ok=True)
-        for name, records in splits.items():
-            if records:
-                write_rows(job.dir / "data" / f"{name}.parquet", records)
-        write_dropped(job.dir / "data" / "dropped.parquet", dropped)
+        write_data(job.dir, splits, dropped)
         described = card(source, splits, dropped, found, length=length, unit=unit)
         described["rows_in"] = sum(len(r) for r in mapped.values())
         write_json(job.dir / "card.json", described)

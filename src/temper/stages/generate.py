@@ -1,0 +1,245 @@
+"""generate: a teacher writes each row anew after an instruction, or new rows from a few (grow)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from temper.data import formats
+from temper.data.card import card, read_rows, write_data
+from temper.data.chat import Format
+from temper.data.grow import Seen, examples
+from temper.data.reject import Reject
+from temper.data.sources import Source
+from temper.data.split import Splits, leaks
+from temper.engine import device as devices
+from temper.errors import DataError, RecipeError
+from temper.job import Job
+from temper.models import load
+from temper.models.classify import Classifier
+from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detail, stages
+from temper.rollouts.decoding import Decoding
+from temper.runfolder import write_json
+from temper.stages.asking import Asking
+from temper.stages.data import TEMPLATES
+from temper.stages.teacher import Local, Served, Teacher
+from temper.types import Record
+
+SPLITS = ("train", "validation", "test")
+KINDS = (("text",), ("messages",), ("prompt", "completion", "chosen", "rejected", "label"))  # columns that go together
+NEAR = 0.8  # Jaccard similarity from which a grown row repeats another
+
+
+@stages.register("generate")
+class Generate(Stage):
+    """Rows written anew by a teacher, answers that break the rules rejected and asked for again."""
+
+    kind = "generate"
+    gives = "data"
+    asks = ("model",)
+
+    data: DataRef = detail(..., "The data stage whose rows are written anew, all its splits.")
+    splits: list[Literal["train", "validation", "test"]] | None = detail(
+        None, "Only these splits; the others are left out. null: all that have rows."
+    )
+    model: ModelRef = detail(..., "The teacher: a stage, base, a folder, a hub id, or an endpoint (URL#MODEL).")
+    instruction: str | list[Any] = detail(
+        ..., "Template of what the teacher is asked, over the row's columns: text, or a list of messages."
+    )
+    into: str = detail("text", "The column that receives the answer.")
+    prompt: str | list[Any] | None = detail(None, "Template of the new row's prompt; null: the row's own.")
+    completion: str | list[Any] | None = detail(None, "Template of the new row's answer; null: the row's own.")
+    chosen: str | list[Any] | None = detail(None, "Template of the preferred answer; null: the row's own.")
+    rejected: str | list[Any] | None = detail(None, "Template of the other answer; null: the row's own.")
+    messages: str | list[Any] | None = detail(None, "Template of a conversation; null: the row's own.")
+    text: str | None = detail(None, "Template of plain text; null: the row's own.")
+    label: str | None = detail(None, "Template of a label; null: the row's own.")
+    keep: list[str] = detail([], "Further columns to carry along.")
+    format: Format = detail(Format(), "How the new rows are written out for a model, in training and at inference.")
+    teacher_format: Format = detail(Format(), "How the instruction is written out for the teacher.")
+
+    decoding: Decoding = detail(Decoding(temperature=0.8), "How answers are decoded.")
+    tries: int = detail(4, "Times that a row is asked for until an answer is accepted.", ge=1)
+    reject: Reject = detail(Reject(), "Which answers are rejected, each with a counted reason.")
+    classifier: ClassifierRef | None = detail(None, "The classifier that reject.toxicity_below asks.")
+    toxic_label: str = detail("toxic", "The classifier's label whose probability is the toxicity.")
+    on_failure: Literal["drop", "keep"] = detail(
+        "drop", "A row whose tries were all rejected: drop it, or keep it as it was."
+    )
+
+    grow: int | None = detail(
+        None, "Write so many new rows from those of train as seeds, instead of writing each anew.", ge=1
+    )
+    example: str | None = detail(None, "With grow: template of one seed; {examples} in the instruction takes some.")
+    examples: int = detail(4, "With grow: seeds shown in one prompt.", ge=1)
+
+    chunk: int = detail(64, "Rows asked for together and kept together; a kill costs at most so many.", ge=1)
+    batch_size: int = detail(32, "Answers that a local teacher decodes together.", ge=1, affects_result=False)
+    concurrency: int = detail(8, "Requests to an endpoint under way at once.", ge=1, affects_result=False)
+    precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto, of a local teacher.")
+    attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Generate:
+        kind, templates = self._kind(), self._templates()
+        if strange := [n for n in templates if n not in kind]:
+            raise ValueError(f"{', '.join(templates)} do not go together: take out {' and '.join(strange)}")
+        used = {c for n, t in templates.items() for c in formats.columns(t, n)} | set(self.keep)
+        if self.into not in used and not (self.into in kind and self.into not in templates):
+            raise ValueError(f"the answers go into «{self.into}», which no template of the new row asks for")
+        if (self.classifier is None) != (self.reject.toxicity_below is None):
+            raise ValueError("classifier and reject.toxicity_below need each other")
+        if self.grow is None and self.example is not None:
+            raise ValueError("example belongs to grow, which is not set")
+        if self.grow is not None:
+            if self.example is None or formats.columns(self.instruction, "instruction") != {"examples"}:
+                raise ValueError(
+                    "grow needs `example`, a template of one seed, and an instruction with {examples} alone"
+                )
+            if self.reject.against or self.keep or self.splits or self.on_failure == "keep":
+                raise ValueError("grow has no row to compare with or to keep: no against, keep, splits, on_failure")
+        return self
+
+    def check(self, recipe: Recipe) -> None:
+        if "." in self.data:
+            raise RecipeError(
+                f"«{self.data}»: all splits are written anew",
+                do=f"data: {self.data.partition('.')[0]}, and splits: […]",
+            )
+
+    def run(self, job: Job) -> None:
+        work = Asking(job, self.model, lambda: self._teacher(job), self.reject, lambda: self._toxicity(job))
+        rows = [(split, record) for split in SPLITS for record in self._rows(job, split)]
+        if self.grow is not None:
+            splits, dropped = self._grown(job, work, [r for split, r in rows if split == "train"]), []
+        else:
+            splits, dropped = self._rewritten(work, rows)
+        found = leaks(splits)
+        write_data(job.dir, splits, dropped)
+        source = Source(f"{self.data}, written by {self.model}", [record for _, record in rows])
+        described = card(source, splits, dropped, found) | {"rejected": dict(work.rejected.most_common())}
+        write_json(job.dir / "card.json", described)
+        job.counts["examples"] = described["rows_out"]
+        job.summary = self._summary(described, work)
+        job.say(job.summary)
+        if found.exact or found.near:
+            job.warn(
+                f"validation or test rows also stand in train: {found.exact} exactly, {found.near} nearly; "
+                "the teacher answers different rows alike: a higher temperature, or a larger model, may help"
+            )
+
+    def _rows(self, job: Job, split: str) -> list[Record]:
+        path = job.rows(self.data, split) if split in (self.splits or SPLITS) else None
+        return read_rows(path) if path is not None else []
+
+    def _rewritten(self, work: Asking, rows: list[tuple[str, Record]]) -> tuple[Splits, list[tuple[Record, str]]]:
+        """Each row with its answer, or dropped with the reason of its last try."""
+        records = [record for _, record in rows]
+        if not records:
+            raise DataError(f"{self.data} has no rows in {', '.join(self.splits or SPLITS)}", do="name other splits")
+        if self.on_failure == "keep" and self.into not in records[0].row:
+            raise DataError(
+                f"on_failure: keep takes «{self.into}» as it was, and the rows have no such column",
+                where=records[0].where,
+                do="on_failure: drop",
+            )
+        prompts = self._prompts(records)
+        against, facts = (
+            dict(enumerate(formats.fill(records, template or "", f"reject.{name}")))
+            for name, template in (("against", self.reject.against), ("lost", self.reject.lost))
+        )
+        items: list[dict[str, Any]] = []
+        for start in range(0, len(records), self.chunk):
+            asked = {n: prompts[n] for n in range(start, min(start + self.chunk, len(records)))}
+            items += work.chunk(start // self.chunk, asked, self.tries, against, facts)
+        new: dict[str, list[Record]] = {split: [] for split, _ in rows}
+        dropped: list[tuple[Record, str]] = []
+        for (split, record), item in zip(rows, items, strict=True):
+            if item["answer"] is not None:
+                new[split].append(Record(record.row | {self.into: item["answer"]}, record.where))
+            elif self.on_failure == "keep":
+                new[split].append(record)
+            else:
+                dropped.append((Record(record.row | {"answer": item["last"]}, record.where), item["rejected"][-1]))
+        if work.accepted == 0:
+            raise work.refused()
+        return {split: self._made(found) for split, found in new.items() if found}, dropped
+
+    def _grown(self, job: Job, work: Asking, seeds: list[Record]) -> Splits:
+        """New rows for train: each prompt is asked once, and numbers go on until there are enough."""
+        assert self.grow is not None
+        if not seeds:
+            raise DataError(f"{self.data} has no rows in train to grow from", do="give it some")
+        shown = formats.fill(seeds, self.example, "example")
+        seen = Seen(shown, self.reject.too_similar or NEAR)
+        rows: list[Record] = []
+        limit = self.grow * self.tries
+        for start in range(0, limit, self.chunk):
+            numbers = range(start, min(start + self.chunk, limit))
+            some = [examples(shown, self.examples, seed=job.seed, number=n) for n in numbers]
+            asked = self._prompts([Record({"examples": e}, f"row {n}") for n, e in zip(numbers, some, strict=True)])
+            items = work.chunk(start // self.chunk, dict(zip(numbers, asked, strict=True)), tries=1)
+            for n, item in zip(numbers, items, strict=True):
+                if item["answer"] is not None and seen.new(item["answer"]):
+                    rows.append(Record({self.into: item["answer"]}, f"{self.data}, grown {n + 1}"))
+                elif item["answer"] is not None:
+                    work.repeated()
+            if len(rows) >= self.grow:
+                break
+        if not rows:
+            raise work.refused()
+        if len(rows) < self.grow:
+            job.warn(
+                f"{len(rows)} rows instead of {self.grow} were made in {limit} prompts: raise tries, or give more seeds"
+            )
+        return {"train": self._made(rows[: self.grow])}
+
+    def _teacher(self, job: Job) -> Teacher:
+        address = job.model(self.model).endpoint
+        if address is not None:
+            return Served(job, address, self.teacher_format, self.decoding, concurrency=self.concurrency)
+        return Local(
+            job, self.model, self.teacher_format, self.decoding,
+            precision=self.precision, attention=self.attention, batch_size=self.batch_size,
+        )  # fmt: skip
+
+    def _toxicity(self, job: Job) -> Callable[[list[str]], list[float]]:
+        """Texts → probabilities of the toxic label."""
+        assert self.classifier is not None
+        device, trust = devices.setup(job.recipe.device, job.recipe.threads), job.recipe.trust_remote_code
+        opened = Classifier.open(job.model(self.classifier), device=device, trust_remote_code=trust)
+        for notice in (*opened.notices, opened.find(self.toxic_label)[1]):
+            if notice:
+                job.warn(notice)
+        return lambda texts: opened.probability(texts, self.toxic_label).tolist()
+
+    def _prompts(self, records: Sequence[Record]) -> list[Record]:
+        filled = formats.fill(records, self.instruction, "instruction")
+        return [
+            Record({"prompt" if isinstance(text, str) else "messages": text}, record.where)
+            for record, text in zip(records, filled, strict=True)
+        ]
+
+    def _templates(self) -> dict[str, Any]:
+        return {name: value for name in TEMPLATES if (value := getattr(self, name)) is not None}
+
+    def _kind(self) -> tuple[str, ...]:
+        """The dataset columns that a new row may have."""
+        first = next(iter(self._templates()), self.into)
+        return next((kind for kind in KINDS if first in kind), ())
+
+    def _made(self, records: list[Record]) -> list[Record]:
+        """Rows of a dataset type: by the templates, and where there is none for a column, the row's own."""
+        own = {n: f"{{{n}}}" for n in self._kind() if n in records[0].row}
+        return formats.apply(records, own | self._templates(), keep=self.keep)
+
+    def _summary(self, described: dict[str, Any], work: Asking) -> str:
+        gone = ", ".join(f"{n:,} {reason}" for reason, n in described["dropped"].items()) or "none dropped"
+        parts = ", ".join(f"{name} {n:,}" for name, n in described["splits"].items())
+        turned = ", ".join(f"{n:,} {reason}" for reason, n in work.rejected.most_common()) or "none"
+        return (
+            f"rows: {described['rows_in']:,} in, {described['rows_out']:,} out ({gone})\nsplits: {parts}\n"
+            f"answers: {work.accepted:,} taken; rejected: {turned}"
+        )
