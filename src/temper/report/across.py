@@ -113,6 +113,7 @@ def comparisons(named: list[tuple[str, Run]]) -> list[Table]:
                     continue
                 places = decimals([(c.low, c.high)])
                 note = f"{number(c.low, places, sign=True)} to {number(c.high, places, sign=True)}"
+                note = note if c.low is not None else ""
                 line.append(Cell(number(c.difference, places, sign=True), note, phrases.verdict(c, higher)))
             body.append(line)
         if body:

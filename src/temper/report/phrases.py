@@ -143,8 +143,11 @@ def arrow(higher_is_better: bool | None) -> str:
 
 
 def verdict(comparison: Comparison, higher_is_better: bool | None) -> str:
-    """What b is beside a: 'better', 'worse', 'different' (a metric without a direction) or 'unclear'."""
+    """What b is beside a: 'better', 'worse', 'different' (a metric without a direction), 'unclear', or 'untested' (a
+    maximum, whose difference no test can judge)."""
     p = comparison.p_adjusted if comparison.p_adjusted is not None else comparison.p
+    if p is None and comparison.difference is not None:
+        return "untested"
     if p is None or p >= ALPHA or not comparison.difference:
         return "unclear"
     if higher_is_better is None:
@@ -161,11 +164,12 @@ class Finding:
 
 
 def findings(evaluation: Evaluation, most: int = 12) -> list[Finding]:
-    """A sentence a comparison, of metrics that have a direction (a length is in the table, but it is not the news);
-    where these are more than `most`, of the first metric alone.
+    """A sentence a comparison, of metrics that have a direction (a length is in the table, but it is not the news) and
+    were tested; where these are more than `most`, of the first metric alone.
     """
-    chosen = [c for c in evaluation.comparisons if evaluation.higher_is_better(c.metric) is not None]
-    chosen = chosen or evaluation.comparisons
+    tested = [c for c in evaluation.comparisons if verdict(c, None) != "untested"]
+    chosen = [c for c in tested if evaluation.higher_is_better(c.metric) is not None]
+    chosen = chosen or tested or evaluation.comparisons
     if len(chosen) > most:
         chosen = [c for c in chosen if c.metric == chosen[0].metric][:most]
     out = [compared(c, evaluation) for c in chosen]
@@ -185,6 +189,9 @@ def compared(c: Comparison, evaluation: Evaluation) -> Finding:
     places = decimals([(c.low, c.high)])
     rows = evaluation.row_count(c)
     on = f" with {rows:,} rows" if rows is not None else ""
+    if kind == "untested":
+        text = f"{c.b} − {c.a} on {c.metric}{on}: {number(c.difference, places, sign=True)}, which no test can judge"
+        return Finding(kind, text + ".")
     if kind == "unclear":
         text = f"{c.b} cannot be told apart from {c.a} on {c.metric}{on}"
         if c.difference is not None:

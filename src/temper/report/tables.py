@@ -131,7 +131,13 @@ def comparisons_table(evaluation: Evaluation) -> Table:
     """Every pair that was compared, its difference with its interval, and what follows from it."""
     head = [words("metric"), words("comparison"), Cell("difference"), Cell("95 % interval"), Cell("p")]
     head += [Cell("p adjusted"), Cell("smallest detectable"), words("finding")]
-    said = {"better": "better", "worse": "worse", "different": "different", "unclear": "not told apart"}
+    said = {
+        "better": "better",
+        "worse": "worse",
+        "different": "different",
+        "unclear": "not told apart",
+        "untested": "no test",
+    }
     body = []
     for c in evaluation.comparisons:
         digits = decimals([(c.low, c.high)])
@@ -142,7 +148,11 @@ def comparisons_table(evaluation: Evaluation) -> Table:
                 words(f"{c.metric} {arrow(higher)}".strip()),
                 words(f"{c.b} − {c.a}"),
                 Cell(number(c.difference, digits, sign=True)),
-                Cell(f"{number(c.low, digits, sign=True)} to {number(c.high, digits, sign=True)}"),
+                Cell(
+                    f"{number(c.low, digits, sign=True)} to {number(c.high, digits, sign=True)}"
+                    if c.low is not None
+                    else NONE
+                ),
                 Cell(p_value(c.p)),
                 Cell(p_value(c.p_adjusted)),
                 Cell(number(c.smallest_detectable, digits)),
@@ -150,6 +160,8 @@ def comparisons_table(evaluation: Evaluation) -> Table:
             ]
         )
     notes = ["Paired over the same rows. p adjusted: Holm's correction over the comparisons of this evaluation."]
+    if any(verdict(c, None) == "untested" for c in evaluation.comparisons):
+        notes.append("No test: how far a maximum varies cannot be told from the rows that gave it.")
     return Table(head, body, notes=[*notes, *_of_detectable(evaluation)])
 
 
