@@ -21,7 +21,7 @@ import pytest
 
 from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, whole_stages
 from temper.engine.loop import append, forget_after
-from temper.runfolder import read_json
+from temper.runfolder import progress, read_json
 
 SFT = {
     "adapter": {"dropout": 0.1}, "batch_size": 4, "accumulation": 2, "precision": "bf16", "warmup": 0,
@@ -157,31 +157,85 @@ def test_forced_anew_and_killed_while_the_old_work_goes(forks: Workshop, smoke_r
     assert weights(folder)["tiny/model/model.safetensors"] == weights(smoke_run)["tiny/model/model.safetensors"]
 
 
-def test_the_command_itself(smoke_run: Path, tmp_path: Path) -> None:
-    """No fork, no harness: `temper run`, killed as soon as it has a checkpoint, and the same command again."""
+def test_killed_while_the_best_weights_are_written_a_second_time(
+    forks: Workshop, smoke_run: Path, tmp_path: Path
+) -> None:
+    """The start goes on from before the best. A kill between the old copy and the new one must not cost all the way."""
+    often = {**SFT, "lr": 5e-3, "checkpoint_every": 5, "keep_checkpoints": 1}
+    how: dict[str, Any] = {"overrides": {"stages": {"sft": often}}, "only": ["sft"]}
+    start = started(smoke_run, tmp_path, "corpus", "tiny", "news")
+    unkilled = start("unkilled")
+    assert forks.run(unkilled, **how)["status"] == 0
+    best = [x["step"] for x in lines_of(unkilled / "sft" / "metrics.jsonl") if x.get("best")]
+    assert {4, 6} <= set(best), "validation must improve at the steps 4 and 6 to show anything"
+    for moment in ("deleting sft.partial/checkpoints/best-6", "before sft.partial/checkpoints/best-6"):
+        folder = start(moment.split()[0])
+        for death in ("step 7 in sft.partial/metrics.jsonl", moment):
+            assert forks.run(folder, die_at=death, **how)["status"] == -signal.SIGKILL
+        (folder / "sft.partial" / "checkpoints" / ".step-3.tmp").mkdir()  # of an earlier kill: half of a checkpoint
+        ended = forks.run(folder, die_at="step 6 in sft.partial/metrics.jsonl", **how)
+        assert ended["status"] == -signal.SIGKILL
+        assert (folder / "pipeline.log").read_text(encoding="utf-8").count("goes on from step 5") == 2
+        assert sorted(p.name for p in (folder / "sft.partial" / "checkpoints").iterdir()) == ["best-6", "step-5"]
+        assert forks.run(folder, **how)["status"] == 0
+        same(folder, unkilled)
+
+
+def test_a_killed_run_leaves_a_manifest(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+    """So its folder is known as a run of this recipe: to reports, to `temper prune`, to other recipes."""
     folder = copy_stages(smoke_run, tmp_path / "run", "corpus")
-    command = [
-        sys.executable,
-        "-c",
-        "from temper.cli import main; raise SystemExit(main())",
-        "run",
-        "detox-summarization",
-        "--profile",
-        "smoke",
-        "--stages",
-        "tiny",
-    ]
-    command += ["--set", "threads=1", "tiny.checkpoint_every=2", "--out", str(folder)]
-    environment = {**os.environ, **ENVIRONMENT}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not (folder / "tiny.partial" / "checkpoints" / "step-2").exists() and time.monotonic() < until:
-        time.sleep(0.005)
+    assert forks.run(folder, {}, die_at="step 3 in tiny.partial/metrics.jsonl")["status"] == -signal.SIGKILL
+    manifest = read_json(folder / "manifest.json")
+    assert [(s["name"], s["status"]) for s in manifest["stages"]][:2] == [("corpus", "done"), ("tiny", "pending")]
+    ended = forks.run(folder, {"name": "another"})
+    assert ended["error"] and "belongs to the recipe «detox-summarization»" in ended["error"]["text"]
+
+
+def temper_run(folder: Path, threads: int) -> tuple[list[str], dict[str, str]]:
+    """`temper run` of the pretraining stage, and its environment: no fork, no harness."""
+    command = [sys.executable, "-c", "from temper.cli import main; raise SystemExit(main())"]
+    command += ["run", "detox-summarization", "--profile", "smoke", "--stages", "tiny"]
+    command += ["--set", f"threads={threads}", "tiny.checkpoint_every=2", "--out", str(folder)]
+    return command, {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+
+
+def killed_at(step: int, folder: Path, threads: int) -> None:
+    """Start the command, and kill it as soon as it has the checkpoint of a step."""
+    command, environment = temper_run(folder, threads)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while progress(folder / "tiny.partial")[0] < step and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.002)
     process.kill()
-    process.wait()
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL, told
     assert not (folder / "tiny").exists(), "the kill came too late to show anything"
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "goes on from step" in again.stdout
+
+
+def finished(folder: Path, threads: int) -> str:
+    """Run the command to its end; returns what it said."""
+    command, environment = temper_run(folder, threads)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_command_itself(smoke_run: Path, tmp_path: Path) -> None:
+    folder = copy_stages(smoke_run, tmp_path / "run", "corpus")
+    killed_at(2, folder, threads=1)
+    assert "goes on from step" in finished(folder, threads=1)
     assert weights(folder)["tiny/model/model.safetensors"] == weights(smoke_run)["tiny/model/model.safetensors"]
     assert lines_of(folder / "tiny" / "metrics.jsonl") == lines_of(smoke_run / "tiny" / "metrics.jsonl")
+
+
+def test_the_command_itself_with_two_threads(smoke_run: Path, tmp_path: Path) -> None:
+    """Whichever thread is quicker: the bits are those of a run that nobody killed."""
+    unkilled = copy_stages(smoke_run, tmp_path / "unkilled", "corpus")
+    command, environment = temper_run(unkilled, threads=2)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = copy_stages(smoke_run, tmp_path / "run", "corpus")
+    killed_at(4, folder, threads=2)
+    assert "goes on from step" in finished(folder, threads=2)
+    assert process.wait(timeout=120) == 0
+    assert read_json(folder / "manifest.json")["hardware"]["threads"] == 2
+    same(folder, unkilled)
