@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers as tf
 
-from temper.engine.loop import Batches, Loop, Training
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, Training
 from temper.errors import ModelError
 from temper.hub import Source, identity
 from temper.job import Job, Log

@@ -20,7 +20,8 @@ import torch
 import temper.stages  # noqa: F401  (registers them)
 from temper import recipe as recipes
 from temper.engine import checkpoint, optim, tripwires
-from temper.engine.loop import Batches, Loop, append, forget_after
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, append, forget_after
 from temper.errors import TrainingError
 from temper.job import Job, Log
 from temper.losses import Terms, nll
@@ -501,7 +502,8 @@ from pathlib import Path
 import temper.stages  # noqa: F401  (registers them)
 from temper import recipe as recipes
 from temper.engine import device
-from temper.engine.loop import Batches, Loop
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop
 from temper.job import Job, Log
 from temper.losses import nll
 from temper.models.scores import Policy

@@ -105,13 +105,16 @@ class Job:
         )
 
     def save_clock(self) -> None:
-        write_json(self.dir / "clock.json", {"seconds": self.seconds()})
+        write_json(self.dir / "clock.json", {"seconds": self.seconds(), "warnings": self.warnings})
 
     def start_clock(self) -> None:
         before = self.dir / "clock.json"
         earlier = 0.0
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = float(read_json(before)["seconds"])
+            found = read_json(before)
+            earlier = float(found["seconds"])
+            told = list(found.get("warnings", []))  # in an earlier part of this work
+            self.warnings = told + [w for w in self.warnings if w not in told]
         self._started = time.perf_counter() - earlier
 
     def seconds(self) -> float:

@@ -180,7 +180,6 @@ def _stage(
                 with contextlib.suppress(OSError):
                     job.save_clock()
                 raise
-        (partial / "clock.json").unlink(missing_ok=True)
         counts = {
             k: job.counts.get(k)
             for k in ("tokens", "trained_tokens", "examples", "trainable_parameters", "parameters", "steps")

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
@@ -179,22 +180,38 @@ def load(name: str, folder: Path) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         with _on_path(folder):
-            found = getattr(importlib.import_module(module), attribute, None)
+            spec = _own(module, folder)
+            if spec is None:
+                loaded = importlib.import_module(module)
+            else:  # afresh: another recipe of this process may have a module of the same name
+                loaded = importlib.util.module_from_spec(spec)
+                assert spec.loader is not None
+                spec.loader.exec_module(loaded)
+            found = getattr(loaded, attribute, None)
     except Exception as error:
         raise RecipeError(
             f"the reward «{name}» cannot be loaded: {type(error).__name__}: {error}",
             where=f"looked in {folder} and in Python's own places",
-            do="put module.py beside the recipe, or install its package",
+            do=f"put {module}.py beside the recipe, or install its package",
         ) from None
     if not callable(found):
         raise RecipeError(f"module «{module}» has no function «{attribute}»", where="reward", do="check its name")
     return found  # type: ignore[no-any-return]
 
 
+def _own(module: str, folder: Path) -> Any:
+    """Where a module of the recipe's folder is found; None if it is not there."""
+    return importlib.machinery.PathFinder.find_spec(module, [str(folder)]) if "." not in module else None
+
+
 def source_hash(name: str, folder: Path) -> str:
     """SHA-256 of the file that holds a user's reward: part of the stage's key."""
-    with _on_path(folder):
-        spec = importlib.util.find_spec(name.partition(":")[0])
+    module = name.partition(":")[0]
+    try:
+        with _on_path(folder):
+            spec = _own(module, folder) or importlib.util.find_spec(module)
+    except ImportError:
+        spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return ""
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

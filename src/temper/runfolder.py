@@ -22,7 +22,8 @@ from typing import Any
 from temper.errors import RunError
 
 SHORT = 8  # hex digits of a key in a folder's name
-SCRATCH = ("checkpoints", "tokenizer", "answers", "rollouts")  # what only an unfinished stage needs: gone once it has its name
+# What only an unfinished stage needs: gone once it has its name.
+SCRATCH = ("checkpoints", "tokenizer", "answers", "rollouts", "clock.json", "partial.json")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -280,7 +281,7 @@ class RunFolder:
         """List the files of `STAGE.partial` with checksums and give it its name."""
         partial = self.partial(name)
         _sweep(partial.rglob(".*.tmp"))
-        files = checksums(partial, leave_out=("partial.json", "stage.json", *SCRATCH))
+        files = checksums(partial, leave_out=("stage.json", *SCRATCH))
         info = {**info, "files": files, "bytes_on_disk": sum(f["bytes"] for f in files.values())}
         write_sealed(partial / "stage.json", info)
         self.make_room(name)
@@ -310,9 +311,9 @@ class RunFolder:
 
     def _tidy(self, name: str) -> None:
         """Delete what the work on a stage left in it. Only now: until it has its name, a kill would lose the work."""
-        (self.path / name / "partial.json").unlink(missing_ok=True)
         for part in SCRATCH:
-            shutil.rmtree(self.path / name / part, ignore_errors=True)
+            path = self.path / name / part
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _set_aside(self, folder: Path, name: str) -> Path:
         target = self.path / name

@@ -8,27 +8,25 @@ not depend on how a batch was cut. Every step is a function of (state, seed, ste
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from temper.engine import checkpoint, optim, tripwires
+from temper.engine.batches import Source
 from temper.engine.device import Precision, autocast
 from temper.job import Job
 from temper.losses import Terms
 from temper.models.scores import Policy
 from temper.recipe import Config, detail
 from temper.runfolder import write_atomic
-from temper.trees import Row, Tree, rows_of
+from temper.trees import Row
 
 Loss = Callable[..., Terms]  # (what the policy gives of a row [S], weights [S], the row's extra columns by name [S])
 
@@ -72,51 +70,6 @@ class Validated(Training):
     evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
     keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
     patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
-
-
-class Source(Protocol):
-    """Where the loop takes its rows from."""
-
-    seed: int
-
-    @property
-    def per_epoch(self) -> int:
-        """Optimiser steps that see all the data once."""
-        ...
-
-    def rows(self, step: int) -> list[Row]:
-        """The micro-batches of a step, counted from 0; asked for in the order of steps."""
-        ...
-
-    def ready(self, step: int) -> bool:
-        """Whether a run can go on at this step. What came from weights that are gone must have been kept."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Which examples each step takes: a new order every epoch, a function of the seed alone."""
-
-    trees: Sequence[Tree]
-    size: int
-    row_tokens: int
-    micro_tokens: int
-    seed: int
-
-    @property
-    def per_epoch(self) -> int:
-        return -(-len(self.trees) // self.size)
-
-    def chosen(self, step: int) -> list[int]:
-        """Indices of the examples of a step, counted from 0."""
-        return chosen(step, len(self.trees), self.size, self.seed)
-
-    def rows(self, step: int) -> list[Row]:
-        """The micro-batches of a step."""
-        return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens, self.micro_tokens)
-
-    def ready(self, step: int) -> bool:
-        return True
 
 
 class Loop:
@@ -285,10 +238,10 @@ class Loop:
                 append(self.samples, {"step": step, **line})
 
     def _save(self) -> None:
+        self.job.save_clock()  # before the checkpoint: a run that goes on from it must know what was warned of before
         state = {**self.state, "scaler": self.scaler.state_dict()}
         checkpoint.write(self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state)
         checkpoint.retain(self.root, self.training.keep_checkpoints)
-        self.job.save_clock()
 
     def _resume(self) -> None:
         found = self._last_good()
@@ -348,14 +301,3 @@ def forget_after(file: Path, step: int) -> None:
 
 def _number(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
-
-
-def chosen(step: int, n: int, size: int, seed: int) -> list[int]:
-    """Indices of the examples, of n, that a step takes: each once an epoch, in an order of the epoch's own."""
-    epoch, k = divmod(step, -(-n // size))
-    return _order(seed, epoch, n)[k * size : (k + 1) * size].tolist()
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)

@@ -12,7 +12,8 @@ from peft import PeftModel
 from scipy.stats import rankdata
 
 from temper.engine import device as devices
-from temper.engine.loop import Batches, Loop, Validated
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, Validated
 from temper.errors import DataError, ModelError
 from temper.hub import Source
 from temper.job import Job

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from temper.engine import device as devices
-from temper.engine.loop import Batches, Loop, Validated
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from temper.data.chat import Encoded, Encoder, Format, is_text, show
-from temper.engine.loop import Batches, Loop, Validated
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll

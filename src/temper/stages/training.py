@@ -15,7 +15,8 @@ from peft import PeftModel
 from temper import hub
 from temper.data.card import read_rows
 from temper.engine import device as devices
-from temper.engine.loop import Batches, Loop, Training
+from temper.engine.batches import Batches
+from temper.engine.loop import Loop, Training
 from temper.errors import DataError
 from temper.job import Job
 from temper.models import adapters, load

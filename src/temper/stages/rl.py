@@ -1,0 +1,278 @@
+"""rl: a policy learns from rewards of its own completions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import field_validator, model_validator
+
+from temper import rewards
+from temper.advantages import advantages
+from temper.data.chat import Encoded, Encoder, show
+from temper.engine import device as devices
+from temper.engine.loop import Loop
+from temper.errors import DataError, RecipeError, TrainingError
+from temper.job import Job
+from temper.losses import Terms, policy_losses, with_divergence
+from temper.models import load
+from temper.models.classify import Classifier
+from temper.models.reference import Reference
+from temper.models.scores import Policy
+from temper.recipe import ClassifierRef, Config, DataRef, detail, stages
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.sampler import Sampler
+from temper.stages.experience import Experience, Plan, Prompt
+from temper.stages.sft import NO_LIMIT, format_of
+from temper.stages.training import TrainingStage, announce, finish, note_trained_on, open_policy, probe, read_split
+from temper.trees import Row
+
+# Mean distance, in nats, of a token's log-probability when it was sampled from the trainer's own. More is no rounding.
+GAP = {"float32": 0.02, "bf16": 0.2, "fp16": 0.2}
+
+
+class Kl(Config):
+    """How far the policy is held to the model it started from."""
+
+    beta: float = detail(0.04, "Weight of the KL term; 0: none.", ge=0)
+    place: Literal["loss", "reward"] = detail("loss", "loss: every token's own; reward: the completion's sum.")
+    estimator: Literal["k1", "k2", "k3"] | None = detail(
+        None, "k1 = −r, k2 = r²/2, k3 = eʳ − r − 1 with r = log p_ref − log p; null: k3 in the loss, k1 in the reward."
+    )
+
+    corrected: bool = detail(True, "Multiply k3 by the ratio p / p_old: its gradient is then the KL's own.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> Kl:
+        if self.place == "loss" and self.estimator == "k1":
+            raise RecipeError(
+                "kl: k1 in the loss has no gradient in expectation: it would hold the policy to nothing",
+                where="kl.estimator",
+                do="estimator: k2 or k3, or place: reward",
+            )
+        if self.place == "reward" and self.estimator in ("k2", "k3"):
+            raise RecipeError(
+                f"kl: {self.estimator} in the reward is not an unbiased estimate of the KL's gradient",
+                where="kl.estimator",
+                do="estimator: k1, or place: loss",
+            )
+        return self
+
+
+@stages.register("rl")
+class Rl(TrainingStage):
+    """Sample completions, reward them, and make the better ones of a prompt more likely."""
+
+    kind = "rl"
+
+    data: DataRef = detail(..., "A data stage whose prompts (its split train) are answered.")
+    algorithm: str | dict[str, Any] = detail("grpo", "A name or {name: {option: value}}; see `temper list algorithms`.")
+    advantage: str | dict[str, Any] = detail(
+        "group", "How rewards become advantages; see `temper list advantages`. A name or {name: {option: value}}."
+    )
+    reward: list[str | dict[str, Any]] = detail(
+        ..., "[{NAME: {option: value}, weight: 1}]; see `temper list rewards`; or MODULE:FUNCTION.", min_length=1
+    )
+    classifier: ClassifierRef | None = detail(None, "The classifier that the reward «toxicity» asks.")
+    toxic_label: str = detail("toxic", "The classifier's label whose probability is the toxicity.")
+    completions: int = detail(8, "Completions of each prompt (k).", ge=1)
+    batch_size: int = detail(8, "Prompts of an optimiser step, with k completions each.", ge=1)
+    rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
+    iterations: int = detail(1, "Passes over each rollout.", ge=1)
+    decoding: Decoding = detail(Decoding(temperature=1.0), "How completions are sampled.")
+    average: Literal["sequence", "token"] = detail(
+        "sequence", "sequence: every completion counts alike (GRPO); token: every token does (DAPO)."
+    )
+    mask_cut: bool = detail(False, "Do not train on completions that max_new_tokens cut.")
+    kl: Kl = detail(Kl(), "The KL term to the model before training.")
+    lr: float = detail(1e-5, "Peak learning rate.", gt=0)
+    schedule: str = detail("constant", "cosine, linear or constant; see `temper list schedules`.")
+    row_tokens: int = detail(1024, "Prompts with their completions are packed into rows of this many tokens.", ge=16)
+    micro_tokens: int = detail(
+        4096, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
+    )
+    slots: int = detail(64, "Completions sampled at once.", ge=1, affects_result=False)
+    samples: int = detail(4, "Completions of each rollout kept in samples.jsonl.", ge=0, affects_result=False)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Rl:
+        if self.completions == 1:
+            raise RecipeError(
+                "completions: 1 gives groups of one, whose advantage is always 0",
+                where="completions",
+                do="ask for 2 or more; 8 is usual",
+            )
+        d = self.decoding
+        if d.temperature == 0:
+            raise RecipeError(
+                "greedy sampling gives every prompt k equal completions, whose advantages are all 0",
+                where="decoding.temperature",
+                do="temperature: 1.0",
+            )
+        changed = [
+            n for n in ("top_k", "top_p", "min_p", "repetition_penalty") if getattr(d, n) != type(d)().__dict__[n]
+        ]
+        if changed:
+            raise RecipeError(
+                f"{', '.join(changed)} would sample from another distribution than the one that is trained",
+                where=f"decoding.{changed[0]}",
+                do="leave it out; temperature may be set, for the policy is scored at the same one",
+            )
+        if self.classifier is None and any(p.name == "toxicity" for p in rewards.read(self.reward)):
+            raise RecipeError(
+                "the reward «toxicity» asks a classifier", where="reward", do="classifier: STAGE or a hub id"
+            )
+        return self
+
+    @field_validator("algorithm", "advantage")
+    @classmethod
+    def _known(cls, value: str | dict[str, Any], info: Any) -> str | dict[str, Any]:
+        _configured(policy_losses if info.field_name == "algorithm" else advantages, value, info.field_name)
+        return value
+
+    def fingerprint(self, folder: Path) -> dict[str, Any]:
+        names = [p.name for p in rewards.read(self.reward) if ":" in p.name]
+        return {f"reward {name}": rewards.source_hash(name, folder) for name in names}
+
+    def run(self, job: Job) -> None:
+        records = read_split(job, self.data, "train")
+        tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
+        encoder = Encoder(tokenizer, format_of(job, self.data))
+        ids = encoder.prompts(records)
+        prompts = [
+            Prompt(r, i, encoder.prompt_text(r.row), encoder.reference_text(r.row))
+            for r, i in zip(records, ids, strict=True)
+        ]
+        parts = rewards.read(self.reward, folder=job.recipe.folder)
+        longest = max(len(i) for i in ids) + self.decoding.max_new_tokens
+        policy, tokenizer, source, precision = open_policy(job, self, longest)
+        encoder.end_ids |= set(load.end_ids(policy.inner))
+        self._check_room(policy, prompts)
+        load.no_dropout(policy.hf)  # a ratio, a reference or a sample under dropout is another policy's
+        policy.temperature = self.decoding.temperature
+        note_trained_on(job, records)
+        job.facts["written_as"] = encoder.description
+        with devices.autocast(policy.device, precision):
+            sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
+        job.facts["sampler"] = f"{sampler.layout}: {sampler.reason}"
+        reference = Reference(policy) if self.kl.beta else None
+        experience = Experience(
+            job, policy, sampler, prompts, self._plan(job), parts, self._toxicity(job), reference, precision
+        )
+        loop = Loop(job, policy, self._loss(precision), experience, self, precision)
+        job.counts["examples"] = len(prompts)
+        group = self._announce(job, loop, experience, reference)
+        loop.run()
+        policy.temperature = 1.0
+        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=group)
+
+    def _check_room(self, policy: Policy, prompts: list[Prompt]) -> None:
+        context = load.context(policy.inner) or NO_LIMIT
+        long = [p for p in prompts if len(p.ids) + self.decoding.max_new_tokens > context]
+        if long:
+            raise DataError(
+                f"{len(long)} prompts leave no room for {self.decoding.max_new_tokens} tokens in a context of {context} "
+                f"(the first has {len(long[0].ids)})",
+                where=long[0].record.where,
+                do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
+            )
+
+    def _plan(self, job: Job) -> Plan:
+        return Plan(
+            prompts=self.batch_size * self.accumulation,
+            completions=self.completions,
+            steps=self.rollout_steps,
+            iterations=self.iterations,
+            row_tokens=self.row_tokens,
+            micro_tokens=self.micro_tokens,
+            decoding=self.decoding,
+            advantages=_configured(advantages, self.advantage, "advantage"),
+            average=self.average,
+            mask_cut=self.mask_cut,
+            reward_beta=self.kl.beta if self.kl.place == "reward" else 0.0,
+            seed=job.seed,
+            samples=self.samples,
+        )
+
+    def _toxicity(self, job: Job) -> Callable[[Any], np.ndarray] | None:
+        if self.classifier is None:
+            return None
+        device = devices.setup(job.recipe.device, job.recipe.threads)
+        judge = Classifier.open(
+            job.model(self.classifier), device=device, trust_remote_code=job.recipe.trust_remote_code
+        )
+        return functools.partial(judge.probability, label=self.toxic_label)
+
+    def _loss(self, precision: str) -> Callable[..., Terms]:
+        inner = _configured(policy_losses, self.algorithm, "algorithm")
+        if self.kl.beta and self.kl.place == "loss":
+            inner = with_divergence(inner, self.kl.beta, self.kl.estimator or "k3", corrected=self.kl.corrected)
+
+        def loss(
+            logps: torch.Tensor, weights: torch.Tensor, *, sampled: torch.Tensor, **columns: torch.Tensor
+        ) -> Terms:
+            if self.kl.place == "reward":
+                columns.pop("reference", None)  # it has done its work in the reward
+            terms = inner(logps, weights, **columns)
+            gap = (columns.get("old", logps.detach()) - sampled).abs()
+            if gap.mean() > GAP[precision]:
+                raise TrainingError(
+                    f"samples do not come from the policy that is trained: a token's log-probability differs by "
+                    f"{gap.mean():.2g} nats on average between sampling and training",
+                    do="precision: float32, if rounding is the cause; else please report this model",
+                )
+            return Terms(terms.values, terms.weights, {**terms.extras, "sampling_gap": gap})
+
+        return loss
+
+    def _announce(self, job: Job, loop: Loop, experience: Experience, reference: Reference | None) -> Row:
+        """The summary; a group of one prompt is sampled and passed once to see what a step costs, and changes nothing."""
+        per_prompt, rows = experience.trial()
+        self._check_start(loop, rows, reference)
+        update, memory = probe(loop, rows)
+        plan, prompts = experience.plan, experience.prompts
+        seconds = loop.steps * plan.prompts * (per_prompt / plan.iterations + update)
+        lengths = [len(p.ids) for p in prompts]
+        lines = [
+            f"prompts: {len(prompts):,}, of {np.mean(lengths):.0f} tokens on average, at most {max(lengths)}",
+            f"reward: {' + '.join(f'{p.weight:g}·{p.name}' for p in experience.parts)}"
+            + (f", KL to the start {self.kl.beta:g} in the {self.kl.place}" if self.kl.beta else ", no KL term"),
+            f"written as: {job.facts['written_as']}",
+            f"sampler: {job.facts['sampler']}",
+        ]
+        step = f"{plan.prompts} prompts × {plan.completions} completions of up to {plan.decoding.max_new_tokens} tokens"
+        if experience.cycle > 1:
+            step += f"; a rollout serves {plan.steps} × {plan.iterations} steps"
+        tree = rows[0].trees[0]
+        path, scored = tree.path(0), set(tree.tgt.tolist())
+        one = Encoded(tree.ids[path].tolist(), [i in scored for i in path.tolist()], "")
+        shown = show(experience.sampler.tokenizer, one)
+        announce(job, loop, lines, step, (seconds, memory), shown)
+        return rows[0]
+
+    def _check_start(self, loop: Loop, rows: list[Row], reference: Reference | None) -> None:
+        """Before the first step the reference is the policy."""
+        if reference is None:
+            return
+        with torch.no_grad(), devices.autocast(loop.policy.device, loop.precision):
+            row = rows[0].to(loop.policy.device)
+            difference = (loop.policy(row) - reference(row)).abs().max().item()
+        if difference > GAP[loop.precision]:
+            raise TrainingError(
+                f"the reference is not the policy before the first step: log-probabilities differ by up to {difference:.2g} nats",
+                do="was the adapter trained before? merge it first: merge: true in the stage that made it",
+            )
+
+
+def _configured(registry: Any, value: str | dict[str, Any], field: str) -> Callable[..., Any]:
+    """A function of a registry with the options of the recipe."""
+    if isinstance(value, dict) and len(value) != 1:
+        raise RecipeError(
+            f"{value!r} is not one {registry.kind}", where=field, do="write a name, or {name: {option: value}}"
+        )
+    name, options = (value, {}) if isinstance(value, str) else next(iter(value.items()))
+    return functools.partial(registry.get(name, where=field), **registry.check(name, options or {}, where=field))

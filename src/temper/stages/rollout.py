@@ -1,0 +1,87 @@
+"""One rollout: what was written, what it was worth; to disk and back, bit for bit.
+
+Legend: P prompts, k completions of each, N = P·k; S scored tokens (a completion with its end token).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from temper.rollouts.decoding import Completion
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One rollout, flat: arrays of N completions, or of all their scored tokens one after another."""
+
+    prompts: list[int]  # [P] which prompts
+    done: list[Completion]  # [N]
+    texts: list[str]  # [N]
+    total: np.ndarray  # [N] reward, nan: none
+    each: dict[str, np.ndarray]  # [N] by name, unweighted
+    advantage: np.ndarray  # [N]
+    columns: dict[str, np.ndarray]  # [S] by name: sampled, and where they are needed old and reference
+
+
+def text_of(completion: Completion, tokenizer: Any) -> str:
+    """A completion as text, without special tokens and outer white space."""
+    if completion.text is not None:
+        return completion.text.strip()
+    return str(tokenizer.decode(completion.ids, skip_special_tokens=True)).strip()
+
+
+def scored(completion: Completion) -> list[int]:
+    """The tokens that the policy chose: its end token among them."""
+    return completion.ids if completion.end is None else [*completion.ids, completion.end]
+
+
+def cuts(done: Sequence[Completion]) -> np.ndarray:
+    """Where the completions' scored tokens begin in a flat array, the first apart (for numpy.split)."""
+    return np.cumsum([len(scored(c)) for c in done])[:-1]
+
+
+def mean(values: np.ndarray) -> float | None:
+    """Mean of what there is; None where there is nothing."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def packed(r: Rollout) -> bytes:
+    """A SHA-256, then the arrays as safetensors."""
+    tokens = [scored(c) for c in r.done]
+    arrays = {
+        "length": np.array([len(t) for t in tokens], np.int64),
+        "ids": np.array([i for t in tokens for i in t], np.int64),
+        "raw": np.concatenate([c.raw for c in r.done]).astype(np.float32),
+        "end": np.array([-1 if c.end is None else c.end for c in r.done], np.int64),
+        "ended": np.array([c.ended for c in r.done], np.int64),
+        "texts": np.frombuffer("\0".join(t.replace("\0", "") for t in r.texts).encode() or b"\0", np.uint8).copy(),
+        "total": r.total,
+        "advantage": r.advantage,
+        **{f"each.{name}": values for name, values in r.each.items()},
+        **{f"columns.{name}": values for name, values in r.columns.items()},
+    }
+    raw = safetensors.torch.save({name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in arrays.items()})
+    return hashlib.sha256(raw).digest() + raw
+
+
+def unpacked(raw: bytes, prompts: list[int]) -> Rollout | None:
+    """What `packed` wrote; None if its checksum does not hold."""
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        return None
+    a = {name: t.numpy() for name, t in safetensors.torch.load(raw[32:]).items()}
+    parts = [np.split(a[name], np.cumsum(a["length"])[:-1]) for name in ("ids", "columns.sampled", "raw")]
+    done = []
+    for ids, logps, plain, end, ended in zip(*parts, a["end"].tolist(), a["ended"].tolist(), strict=True):
+        kept = ids.tolist() if end < 0 else ids[:-1].tolist()
+        done.append(Completion(kept, bool(ended), None if end < 0 else end, logps, plain))
+    texts = bytes(a["texts"]).decode().split("\0")
+    each = {n.removeprefix("each."): v for n, v in a.items() if n.startswith("each.")}
+    columns = {n.removeprefix("columns."): v for n, v in a.items() if n.startswith("columns.")}
+    return Rollout(prompts, done, texts, a["total"], each, a["advantage"], columns)
