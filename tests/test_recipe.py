@@ -148,8 +148,14 @@ def test_set_reaches_the_top_level(small: Path) -> None:
         ("model: org/model", "modle: org/model", 2, "«modle»", "model"),
         ("stage: sft", "stage: stf", 11, "«stf»", "sft"),
         ("    data: rows\n", "    data: row\n", 12, "«row»", "rows"),
-        ("lr: 1e-4", "lr: quick", 13, "tuned.lr", ""),
-        ("lr: 1e-4", "lr: -1", 13, "tuned.lr", ""),
+        ("lr: 1e-4", "lr: quick", 13, "tuned.lr = 'quick' does not fit", "it takes: number, > 0;"),
+        ("lr: 1e-4", "lr: -1", 13, "tuned.lr = -1 does not fit", "it takes: number, > 0; see `temper explain lr`"),
+        ("adapter: {r: 8, alpha: 16}", "adapter: lora", 14, "tuned.adapter = 'lora'", "or null of method, r, alpha"),
+        ("adapter: {r: 8, alpha: 16}", "adapter: {r: x}", 14, "tuned.adapter.r = 'x'", "explain adapter.r`"),
+        ("contains: [a, b]", "contains: [a, 3]", 9, "['a', 3] does not fit (its entry 2)", "list of text"),
+        ("contains: [a, b]", "matches: ['(']", 9, "is not a regular expression", "explain drop.matches"),
+        ("    data: rows\n", "    data: rows.trian\n", 12, "no split «trian»", "did you mean «rows.train»?"),
+        ("lr: 1e-4", "model: rows", 13, "stage «rows» gives no model", "it is of kind data; stages that do: tuned"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line_and_the_nearest_name(
@@ -186,6 +192,9 @@ def test_a_wrong_key_in_a_profile_an_overlay_and_a_set_is_placed(small: Path, tm
         ("name: x\nstages: {a: {source: b}}\n", "no «stage:» key"),
         ("name: x\nstages: {base: {stage: data, source: b}}\n", "cannot be the name"),
         ("name: x\nstages: {a: {stage: data, source: 2026-01-01}}\n", "date"),
+        ("name: x\nstages: {a: 3}\n", "stages.a = 3 does not fit"),
+        ("name: x\nstages: {a: {stage: data, source: b}}\nprofiles: 3\n", "profiles are mappings"),
+        ("name: x\nstages: {a: {stage: data, source: b}}\nprofiles: {mini: 3}\n", "profiles are mappings"),
     ],
 )
 def test_what_is_no_recipe(tmp_path: Path, text: str, what: str) -> None:
@@ -215,7 +224,29 @@ def test_stages_that_read_one_another_in_a_circle(tmp_path: Path) -> None:
 
 
 def test_base_needs_a_model(small: Path) -> None:
-    assert "no «model»" in error_of(changed(small, "model: org/model\n", "")).what
+    error = error_of(changed(small, "model: org/model\n", ""))
+    assert "no «model»" in error.what and "--set model=" in error.do
+    own = "profiles:\n  other:"
+    assert own in small.read_text(encoding="utf-8")
+    assert error_of(small, profile="othre").where == str(small)
+
+
+def test_a_misspelt_folder_is_no_hub_id(small: Path) -> None:
+    (small.parent / "my-model").mkdir()
+    error = error_of(small, sets=["model=my-modle"])
+    assert error.what == "there is no model «my-modle»" and "the folder my-model?" in error.do
+    assert recipe.load(small, sets=["model=gpt2"]).model == "gpt2"  # like nothing here
+
+
+def test_the_options_of_a_metric_are_placed_too(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for metric, what, do in (
+        ("{rouge: {variant: [rouge9]}}", "variant = ['rouge9'] does not fit", "it takes: rouge1 | rouge2"),
+        ("{rouge: {varaint: rouge1}}", "no option «varaint»", "did you mean «variant»?"),
+    ):
+        file.write_text(EVALUATED.replace("SIZE", "0.1").replace("NAME", "sft").replace("[loss]", f"[loss, {metric}]"))
+        error = error_of(file)
+        assert what in error.what and do in error.do and error.where == f"{file}:6"
 
 
 def test_a_recipe_by_a_wrong_name_or_path() -> None:

@@ -22,33 +22,37 @@ SOURCE = Path(temper.__file__).parent
 
 # Each may import what stands above it, and files of its own folder.
 ORDER = [
-    "errors", "types", "registry", "address", "overlay", "validation", "recipe", "runfolder", "hub", "terminal", "manifest", "job", "pipeline",
-    "trees", "data", "models", "losses", "metrics", "statistics", "rollouts", "engine", "stages",
+    "errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder",
+    "hub", "terminal", "manifest", "job", "pipeline",
+    "trees", "data", "models", "losses", "advantages", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
     "shapes", "predict", "plan", "report", "app", "fields", "doctor", "cli",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {
     "types": set(),
-    "registry": {"errors"},
+    "wording": set(),
+    "registry": {"errors", "wording"},
     "address": {"errors"},
     "trees": set(),
     "data": {"errors", "types", "recipe"},
     "losses": {"registry"},
+    "advantages": {"registry"},
+    "rewards": {"errors", "metrics", "registry", "types"},
     "metrics": {"data", "errors", "registry", "types"},  # data: the insults of the mini sets
     "statistics": {"types"},
     "rollouts": {"errors", "address", "recipe", "models"},
     "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
 }
-NO_TORCH = {"errors", "types", "registry", "address", "overlay", "validation", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
-            "metrics", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
+NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
+            "advantages", "metrics", "rewards", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
 LATE = {"bitsandbytes", "huggingface_hub", "datasets", "rouge_score", "nltk"}
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {"temper", "temper.cli", "temper.fields", "temper.doctor", "temper.terminal"}
 # A type alone, for an annotation: the stage's `run` takes the job that holds the recipe.
-ANNOTATIONS = {("recipe", "job")}
+ANNOTATIONS = {("recipe", "job"), ("references", "recipe")}
 LONGEST = 350  # lines
 LONGER = {"cli.py": 420}  # the commands, one after another
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import types
-import typing
 from collections.abc import Iterator
 from typing import Any
 
-import annotated_types
 import pydantic
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
+from temper import wording
 from temper.errors import RecipeError, nearest
 from temper.recipe import Top, stages
-
-WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +26,7 @@ class Entry:
 
     @property
     def type(self) -> str:
-        bounds = [text for m in self.info.metadata if (text := _bound(m))]
-        return ", ".join([type_name(self.info.annotation), *bounds])
+        return wording.bounded(self.info.annotation, self.info.metadata)
 
     @property
     def default(self) -> str:
@@ -53,15 +48,8 @@ def entries() -> list[Entry]:
 def _below(model: type[pydantic.BaseModel], path: tuple[str, ...]) -> Iterator[Entry]:
     for name, info in model.model_fields.items():
         yield Entry((*path, name), info)
-        for part in _models(info.annotation):
+        for part in wording.models_within(info.annotation):
             yield from _below(part, (*path, name))
-
-
-def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    """The mappings within a type: `Adapter | None` → [Adapter]."""
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [m for a in typing.get_args(annotation) for m in _models(a)]
 
 
 def explain(name: str) -> str:
@@ -105,7 +93,7 @@ def _group(field: str, type_: str, text: str, members: list[Entry]) -> str:
             by_default.setdefault(e.default, []).append(e.path[0])
         for default, kinds in by_default.items():
             lines.append(f"  in {', '.join(kinds)}: {default}")
-    parts = [n for m in _models(members[0].info.annotation) for n in m.model_fields]
+    parts = [n for m in wording.models_within(members[0].info.annotation) for n in m.model_fields]
     return "\n".join(lines + ([f"  its keys: {', '.join(parts)}"] if parts else []))
 
 
@@ -116,41 +104,6 @@ def _stage(kind: str) -> str:
         e = Entry((kind, name), info)
         lines.append(f"  {name} ({e.type}; {e.default})\n    {info.description or ''}")
     return "\n".join(lines)
-
-
-def type_name(annotation: Any) -> str:
-    """A type in words.
-
-    >>> type_name(int | None), type_name(list[str]), type_name(typing.Literal["a", "b"])
-    ('whole number or null', 'list of text', 'a | b')
-    """
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        bounds = [text for m in args[1:] if (text := _bound(m))]
-        return ", ".join([type_name(args[0]), *bounds])
-    if origin is typing.Literal:
-        return " | ".join(str(a) for a in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(a) for a in args)
-    if origin is list:
-        return f"list of {type_name(args[0])}"
-    if origin is tuple:
-        return f"[{', '.join(type_name(a) for a in args)}]"
-    if origin is dict or _models(annotation):
-        return "mapping"
-    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _bound(mark: Any) -> str:
-    """A limit on a value, in signs."""
-    for kind, name, sign in (
-        (annotated_types.Ge, "ge", "≥"), (annotated_types.Gt, "gt", ">"),
-        (annotated_types.Le, "le", "≤"), (annotated_types.Lt, "lt", "<"),
-    ):  # fmt: skip
-        if isinstance(mark, kind):
-            return f"{sign} {getattr(mark, name)}"
-    pattern = getattr(mark, "pattern", None)
-    return " | ".join(pattern.strip("^$()").split("|")) if isinstance(pattern, str) else ""
 
 
 def _written(value: Any) -> str:

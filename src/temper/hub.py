@@ -60,10 +60,15 @@ def locate(name: str, folder: Path) -> Source:
                 f"{name} is a file; a model is a folder with config.json and weights", do="give the folder"
             )
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        parent = (folder / name).expanduser().parent
+        parent = (folder / Path(name).expanduser()).parent
         there = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        offer = nearest(Path(name).name, there)
         raise ModelError(
-            f"there is no folder {name}", do=nearest(Path(name).name, there) if there else "check the path"
+            f"there is no folder {name}",
+            where=f"looked in {parent.resolve()}",
+            do=offer
+            if offer.startswith("did")
+            else "name a folder with config.json and weights, or a hub id: ORG/NAME",
         )
     repo, _, revision = name.partition("@")
     return Source(repo, _commit(repo, revision or None))

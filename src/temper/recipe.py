@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 import importlib.resources
 import io
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import pydantic
 from pydantic import Field
 
-from temper import address, overlay
+from temper import overlay, references
 from temper.errors import RecipeError, nearest
 from temper.overlay import KeyPath
 from temper.registry import Registry
@@ -191,11 +190,18 @@ def load(
     lines: dict[KeyPath, str] = {(): str(path)}
     raw = overlay.read(path, lines, ())
     profiles = raw.pop("profiles", None) or {}
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict | None) for p in profiles.values()):
+        raise RecipeError(
+            "profiles are mappings: name → parts of the recipe",
+            where=lines.get(("profiles",), str(path)),
+            do="see docs/recipes.md",
+        )
     if profile is not None:
         if profile not in profiles:
             raise RecipeError(
                 f"recipe {path.name} has no profile «{profile}»",
-                do=nearest(profile, profiles) if profiles else "it has none",
+                where=str(path),
+                do=nearest(profile, profiles) if profiles else "it has none: leave --profile out",
             )
         overlay.move(lines, ("profiles", profile), ())
         raw = overlay.merge(raw, profiles[profile] or {})
@@ -240,52 +246,9 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         raw=raw,
         folder=path.resolve().parent,
     )
-    _check_refs(recipe, lines, path)
-    return recipe
-
-
-def _check_refs(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
-    for name, stage in recipe.stages.items():
-        for field, gives, value in stage.refs():
-            target, _, split = value.partition(".")
-            where = lines.get(("stages", name, field), str(path))
-            if value == "base" and recipe.model is None:
-                raise RecipeError(f"stage «{name}» uses «base» but the recipe has no «model»", where=where)
-            named = recipe.model or "" if value == "base" else value
-            if gives != "data" and address.endpoint(named, where=where) and field not in stage.asks:
-                raise RecipeError(
-                    f"stage «{name}» needs the weights of its {field}, and an endpoint gives only text: {named}",
-                    where=where,
-                    do="name a stage, a folder or a hub id; endpoints can be evaluated, and write data (generate)",
-                )
-            if gives == "data":
-                givers = [n for n, s in recipe.stages.items() if s.gives == "data"]
-                if target not in givers:
-                    raise RecipeError(f"«{value}» is no stage that makes data", where=where, do=nearest(target, givers))
-                if split and split not in {"train", "validation", "test"}:
-                    raise RecipeError(f"«{value}»: splits are train, validation and test", where=where)
-                read = split or stage.reads_split
-                if read and getattr(recipe.stages[target], read, None) == 0:
-                    raise RecipeError(
-                        f"stage «{name}» reads «{target}.{read}», and «{target}» has {read}: 0",
-                        where=where,
-                        do=f"give {target}.{read} a share or a number of rows, or name another split",
-                    )
-            elif value == "base" and gives != "model":
-                raise RecipeError(f"the base model is no {gives}", where=where, do="name a stage, a folder or a hub id")
-            elif value not in recipe.stages and value != "base":
-                givers = [n for n, s in recipe.stages.items() if s.gives == gives]
-                known = [*givers, "base"] if gives == "model" else givers
-                named = "/" in value or (recipe.folder / value).is_dir()
-                if not named and (close := difflib.get_close_matches(value, known, n=1)):
-                    raise RecipeError(f"there is no {gives} «{value}»", where=where, do=f"did you mean «{close[0]}»?")
-            elif value in recipe.stages and recipe.stages[value].gives != gives:
-                raise RecipeError(f"stage «{value}» gives no {gives}", where=where)
-        try:
-            stage.check(recipe)
-        except RecipeError as error:
-            raise RecipeError(error.what, where=lines.get(("stages", name), str(path)), do=error.do) from None
+    references.check(recipe, lines, path)
     order(recipe)
+    return recipe
 
 
 def dependencies(recipe: Recipe, name: str) -> list[str]:
@@ -313,7 +276,10 @@ def order(recipe: Recipe) -> list[str]:
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            raise RecipeError("stages read one another in a circle: " + " → ".join([*path[path.index(name) :], name]))
+            circle = " → ".join([*path[path.index(name) :], name])
+            raise RecipeError(
+                f"stages read one another in a circle: {circle}", do="let one of them read another stage, or the base"
+            )
         if name not in done:
             for needed in dependencies(recipe, name):
                 visit(needed, (*path, name))

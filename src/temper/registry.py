@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import pydantic
 
 from temper.errors import RecipeError, nearest
+from temper.wording import type_name, value
 
 T = TypeVar("T", bound=Callable[..., Any])
 E = TypeVar("E", bound=Callable[..., Any])  # the entry itself: a decorated class keeps its own type
@@ -78,14 +79,19 @@ class Registry(Generic[T]):
         for key, (kind, default) in options.items():
             if key not in config:
                 if default is inspect.Parameter.empty:
-                    raise RecipeError(f"{self.kind} «{name}» needs «{key}»", where=where)
+                    raise RecipeError(
+                        f"{self.kind} «{name}» needs «{key}»",
+                        where=where,
+                        do=f"write {{{name}: {{{key}: …}}}}: {type_name(kind)}",
+                    )
                 out[key] = default
                 continue
             try:
                 out[key] = pydantic.TypeAdapter(kind).validate_python(config[key])
-            except pydantic.ValidationError as error:
+            except pydantic.ValidationError:
                 raise RecipeError(
-                    f"{self.kind} «{name}»: {key} = {config[key]!r} does not fit ({error.errors()[0]['msg']})",
+                    f"{self.kind} «{name}»: {key} = {value(config[key])} does not fit",
                     where=where,
+                    do=f"it takes: {type_name(kind)}",
                 ) from None
         return out
