@@ -58,7 +58,7 @@ class Registry(Generic[T]):
     def options(self, name: str) -> dict[str, tuple[Any, Any]]:
         """Keyword-only parameters of an entry: name → (type, default)."""
         entry = self.get(name)
-        hints = typing.get_type_hints(entry)
+        hints = typing.get_type_hints(entry, include_extras=True)  # limits too
         return {
             p.name: (hints.get(p.name, Any), p.default)
             for p in inspect.signature(entry).parameters.values()
