@@ -7,10 +7,8 @@ An item is the outcome of one row: {"answer": text or null, "rejected": [the rea
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from temper.data.reject import Reject
 from temper.errors import DataError
 from temper.job import Job
 from temper.rollouts.endpoint import Answer
-from temper.runfolder import read_json, write_json
+from temper.runfolder import read_sealed, write_sealed
 from temper.stages.teacher import Teacher
 from temper.types import Record
 
@@ -45,7 +43,7 @@ class Asking:
         name: str,
         teacher: Callable[[], Teacher],
         rules: Reject,
-        toxicity: Callable[[], Callable[[list[str]], list[float]]],
+        toxicity: Callable[[], Callable[[list[str]], Iterable[float]]],
     ) -> None:
         self.job, self.name, self.rules = job, name, rules
         self.teacher, self.toxicity = functools.cache(teacher), functools.cache(toxicity)
@@ -75,8 +73,7 @@ class Asking:
         items = self._kept(file)
         if items is None:
             items = self._asked(k, prompts, tries, against or {}, facts or {})
-            noted = {"items": items, "warnings": self.job.warnings, "facts": self.job.facts}
-            write_json(file, {**noted, "sha256": _digest(noted)})
+            write_sealed(file, {"items": items, "warnings": self.job.warnings, "facts": self.job.facts})
         self.done += len(items)
         self.accepted += sum(item["answer"] is not None for item in items)
         self.rejected.update(reason for item in items for reason in item["rejected"])
@@ -91,15 +88,10 @@ class Asking:
         self.rejected[reject.REPEATED] += 1
 
     def _kept(self, file: Path) -> list[Item] | None:
-        if not file.is_file():
-            return None
-        try:
-            noted = read_json(file)
-            whole = noted.pop("sha256") == _digest(noted)
-        except (ValueError, KeyError, AttributeError):
-            noted, whole = {}, False
-        if not whole:
-            self.job.say(f"{file.name} was damaged after it was written; its rows are asked for again", "yellow")
+        noted = read_sealed(file)
+        if noted is None:
+            if file.is_file():
+                self.job.say(f"{file.name} was damaged after it was written; its rows are asked for again", "yellow")
             return None
         for warning in noted["warnings"]:
             self.job.warn(warning)
@@ -145,7 +137,3 @@ class Asking:
             where=f"the last answer: {shown!r}",
             do=reject.advice(commonest),
         )
-
-
-def _digest(noted: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(noted, sort_keys=True).encode()).hexdigest()

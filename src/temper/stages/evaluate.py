@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,23 @@ import pyarrow.parquet
 import torch
 from pydantic import field_validator, model_validator
 
-from temper import metrics, statistics
+from temper import address, metrics, statistics
 from temper.data.card import read_rows
 from temper.data.chat import Encoded, Encoder, is_text
+from temper.data.formats import text_of
 from temper.engine import device as devices
-from temper.errors import DataError
+from temper.errors import DataError, RecipeError
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.recipe import ClassifierRef, DataRef, ModelRef, Stage, detail, replica, stages
+from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_sealed, write_json, write_sealed
+from temper.stages import compare, summary
 from temper.stages import judge as judging
-from temper.stages import summary
 from temper.stages.sft import format_of, tree_of
+from temper.stages.teacher import Served
 from temper.stages.training import TRAINED_ON, fingerprint, settle
 from temper.trees import rows_of
 from temper.types import Outputs, Record, Scores
@@ -40,8 +41,11 @@ class Evaluate(Stage):
     version = 2
     reads_replicas = True
     reads_split = "test"
+    asks = ("models",)
 
-    models: list[ModelRef] = detail(..., "What is compared, in order: stages, base, folders or hub ids.", min_length=1)
+    models: list[ModelRef] = detail(
+        ..., "What is compared, in order: stages, base, folders, hub ids, endpoints (URL#MODEL).", min_length=1
+    )
     data: DataRef = detail(..., "STAGE or STAGE.SPLIT; without a split: test.")
     metrics: list[str | dict[str, Any]] = detail(
         ["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1
@@ -55,6 +59,7 @@ class Evaluate(Stage):
         1, "Answers to each prompt. Above 1 toxicity_expected_max reads them all; every other metric the first.", ge=1
     )
     batch_size: int = detail(32, "Answers decoded together.", ge=1, affects_result=False)
+    concurrency: int = detail(8, "Requests to an endpoint under way at once.", ge=1, affects_result=False)
     micro_tokens: int = detail(
         4096, "Tokens of one forward pass when references are scored.", ge=16, affects_result=False
     )
@@ -74,6 +79,15 @@ class Evaluate(Stage):
         judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
         return self
 
+    def check(self, recipe: Recipe) -> None:
+        for name in self.models:
+            served = address.endpoint((recipe.model or "") if name == "base" else name)
+            if served and metrics.needs_likelihood(self.metrics):
+                raise RecipeError(
+                    f"metrics of likelihood (loss, perplexity) need a model's weights, and {served} gives only text",
+                    do="leave them out, or evaluate the endpoint in a stage of its own",
+                )
+
     def run(self, job: Job) -> None:
         records = self._records(job)
         asked = metrics.asks_of_classifier(self.metrics)
@@ -89,9 +103,9 @@ class Evaluate(Stage):
             "data": {"name": self._split_name(), "rows": len(records), "sha256": _content(records)},
             "decoding": self.decoding.model_dump(),
             "rows": f"{job.name}/rows.parquet",
-            "models": {n: self._values(scores[n], job.seed) for n in self.models},
-            "comparisons": self._comparisons(scores, job.seed),
-            "spread": _spread(scores, copies),
+            "models": {n: compare.values(scores[n], seed=job.seed, resamples=self.resamples) for n in self.models},
+            "comparisons": compare.comparisons(self.models, scores, seed=job.seed, resamples=self.resamples),
+            "spread": compare.spread(scores, copies),
         }
         write_json(job.dir / "evaluation.json", entry)
         job.counts = {"examples": len(records)}  # nothing is trained here
@@ -131,6 +145,39 @@ class Evaluate(Stage):
             job.facts.update(found["facts"])
             job.counts.update(found["counts"])
             return _outputs(found["outputs"])
+        served = job.model(name).endpoint
+        out = self._served(job, served, records) if served else self._local(job, name, records)
+        if texts := out.pop("texts"):
+            out["predictions"] = texts[:: self.samples]
+            if judge is not None:
+                out["toxicity"] = judge(texts).reshape(-1, self.samples).tolist()
+                out["classifier"] = judge.name
+            if (cut := out["ended"].count(False)) > len(records) / 2:
+                job.warn(
+                    f"{cut} of {len(records)} answers of {name} were cut by max_new_tokens "
+                    f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
+                )
+            for odd in summary.oddities(name, _outputs(out)):
+                job.warn(odd)
+        kept.parent.mkdir(exist_ok=True)
+        noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
+        write_sealed(kept, {"outputs": out, **noted})
+        return _outputs(out)
+
+    def _served(self, job: Job, at: address.Address, records: list[Record]) -> dict[str, Any]:
+        """What a model behind an endpoint answers: columns of `Outputs`, and all samples as «texts», row by row."""
+        teacher = Served(job, at, format_of(job, self.data), self.decoding, concurrency=self.concurrency)
+        with job.progress(len(records) * self.samples, f"{at.model} answers") as bar:
+            drawn = [teacher.ask(records, range(len(records)), k, bar) for k in range(self.samples)]
+        return _columns(
+            prompts=[text_of(teacher.prompt(r)) or "" for r in records],
+            references=[Encoder.reference_text(r.row) for r in records],
+            texts=[a.text for group in zip(*drawn, strict=True) for a in group],
+            ended=[a.ended for a in drawn[0]],
+        )
+
+    def _local(self, job: Job, name: str, records: list[Record]) -> dict[str, Any]:
+        """What a model on this machine answers, as `_served`, and how likely it finds the references."""
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
         source = job.model(name)
@@ -147,16 +194,10 @@ class Evaluate(Stage):
         self._check_form(job, name, encoder, records)
         encoded = encoder.encode(records)
         context = load.context(policy.inner) or 10**9
-        out: dict[str, Any] = {
-            "prompts": [encoder.prompt_text(r.row) for r in records],
-            "references": [encoder.reference_text(r.row) for r in records],
-            "predictions": [""] * len(records),
-            "ended": [True] * len(records),
-            "nll": None,
-            "tokens": None,
-            "toxicity": None,
-            "classifier": "",
-        }
+        out = _columns(
+            prompts=[encoder.prompt_text(r.row) for r in records],
+            references=[encoder.reference_text(r.row) for r in records],
+        )
         if metrics.needs_text(self.metrics):
             prompts = encoder.prompts(records)
             for record, prompt in zip(records, prompts, strict=True):
@@ -173,28 +214,13 @@ class Evaluate(Stage):
                 sampler = Sampler(hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
                 job.say(f"{name} answers: {sampler.reason}")
                 drawn = sampler.sample(prompts, self.decoding, completions=self.samples, seed=job.seed, progress=bar)
-            answers = [group[0] for group in drawn]
             ids = [one.ids for group in drawn for one in group]
-            texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            out["predictions"] = texts[:: self.samples]
-            out["ended"] = [a.ended for a in answers]
-            if judge is not None:
-                out["toxicity"] = judge(texts).reshape(-1, self.samples).tolist()
-                out["classifier"] = judge.name
-            if (cut := out["ended"].count(False)) > len(answers) / 2:
-                job.warn(
-                    f"{cut} of {len(answers)} answers of {name} were cut by max_new_tokens "
-                    f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
-                )
-            for odd in summary.oddities(name, _outputs(out)):
-                job.warn(odd)
+            out["texts"] = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            out["ended"] = [group[0].ended for group in drawn]
         if metrics.needs_likelihood(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
             out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
-        kept.parent.mkdir(exist_ok=True)
-        noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
-        write_sealed(kept, {"outputs": out, **noted})
-        return _outputs(out)
+        return out
 
     def _stage_of(self, job: Job, name: str) -> Result | None:
         return job.inputs.get((job.recipe.model or "") if name == "base" else name)
@@ -241,36 +267,6 @@ class Evaluate(Stage):
                     f"loss and perplexity of {name} and {self.models[0]} count different tokens and cannot be compared: their tokenizers differ"
                 )
 
-    def _values(self, scores: dict[str, Scores], seed: int) -> dict[str, Any]:
-        out = {}
-        for metric, s in scores.items():
-            bounds = statistics.interval(s, seed=seed, resamples=self.resamples)
-            low, high = bounds if bounds is not None else (None, None)
-            out[metric] = {
-                "value": _number(s.value), "low": _number(low), "high": _number(high), "n": len(s.rows),
-                "signature": s.signature, "higher_is_better": s.higher_is_better,
-            }  # fmt: skip
-        return out
-
-    def _comparisons(self, scores: dict[str, dict[str, Scores]], seed: int) -> list[dict[str, Any]]:
-        """Each model against the first and against the one before it, adjusted together (Holm)."""
-        first = [(self.models[0], b) for b in self.models[1:]]
-        before = [pair for pair in itertools.pairwise(self.models) if pair not in first]
-        made = [
-            (metric, a, b, statistics.compare(ours, scores[b][metric], seed=seed, resamples=self.resamples))
-            for a, b in first + before
-            for metric, ours in scores[a].items()
-            if ours.signature == scores[b][metric].signature
-        ]
-        together = sum(c.p is not None for *_, c in made) or 1
-        adjusted = statistics.holm([c.p for *_, c in made])
-        return [
-            {"metric": metric, "a": a, "b": b, "difference": _number(c.difference), "low": _number(c.low), "high": _number(c.high),
-             "p": _number(c.p), "p_adjusted": _number(p), "smallest_detectable": _number(c.smallest_detectable(together)),
-             "detectable_level": statistics.ALPHA / together}
-            for (metric, a, b, c), p in zip(made, adjusted, strict=True)
-        ]  # fmt: skip
-
     def _write_rows(self, job: Job, outputs: dict[str, Outputs], scores: dict[str, dict[str, Scores]]) -> None:
         first = outputs[self.models[0]]
         table: dict[str, Any] = {
@@ -297,11 +293,6 @@ class Evaluate(Stage):
         job.say(job.summary)
 
 
-def _number(value: float | None) -> float | None:
-    """JSON has no nan."""
-    return None if value is None or not np.isfinite(value) else float(value)
-
-
 def _outputs(raw: dict[str, Any]) -> Outputs:
     return Outputs(
         raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
@@ -312,21 +303,15 @@ def _outputs(raw: dict[str, Any]) -> Outputs:
     )  # fmt: skip
 
 
+def _columns(prompts: list[str], references: list[str], **more: Any) -> dict[str, Any]:
+    """Columns of `Outputs` as JSON holds them, before anything was asked; and «texts», all samples row by row."""
+    n = len(prompts)
+    none = {"nll": None, "tokens": None, "toxicity": None, "classifier": "", "texts": []}
+    return {"prompts": prompts, "references": references, "predictions": [""] * n, "ended": [True] * n, **none, **more}
+
+
 def _content(records: list[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr(sorted(record.row.items())).encode())
     return digest.hexdigest()
-
-
-def _spread(scores: dict[str, dict[str, Scores]], copies: dict[str, str]) -> dict[str, Any]:
-    """Values over the seeds of stages that were trained several times."""
-    out: dict[str, Any] = {}
-    for name in dict.fromkeys(copies.values()):
-        family = [name, *(c for c, of in copies.items() if of == name)]
-        out[name] = {}
-        for metric in scores[name]:
-            values = [_number(scores[n][metric].value) for n in family]
-            mean, sd = (None, None) if None in values else (float(np.mean(values)), float(np.std(values, ddof=1)))  # type: ignore[arg-type]
-            out[name][metric] = {"values": values, "mean": mean, "sd": sd}
-    return out

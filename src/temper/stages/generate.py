@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -18,12 +18,12 @@ from temper.engine import device as devices
 from temper.errors import DataError, RecipeError
 from temper.job import Job
 from temper.models import load
-from temper.models.classify import Classifier
 from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.runfolder import write_json
 from temper.stages.asking import Asking
 from temper.stages.data import TEMPLATES
+from temper.stages.judge import Judge
 from temper.stages.teacher import Local, Served, Teacher
 from temper.types import Record
 
@@ -110,7 +110,13 @@ class Generate(Stage):
             )
 
     def run(self, job: Job) -> None:
-        work = Asking(job, self.model, lambda: self._teacher(job), self.reject, lambda: self._toxicity(job))
+        work = Asking(
+            job,
+            self.model,
+            lambda: self._teacher(job),
+            self.reject,
+            lambda: Judge(job, str(self.classifier), self.toxic_label),
+        )
         rows = [(split, record) for split in SPLITS for record in self._rows(job, split)]
         if self.grow is not None:
             splits, dropped = self._grown(job, work, [r for split, r in rows if split == "train"]), []
@@ -204,16 +210,6 @@ class Generate(Stage):
             job, self.model, self.teacher_format, self.decoding,
             precision=self.precision, attention=self.attention, batch_size=self.batch_size,
         )  # fmt: skip
-
-    def _toxicity(self, job: Job) -> Callable[[list[str]], list[float]]:
-        """Texts → probabilities of the toxic label."""
-        assert self.classifier is not None
-        device, trust = devices.setup(job.recipe.device, job.recipe.threads), job.recipe.trust_remote_code
-        opened = Classifier.open(job.model(self.classifier), device=device, trust_remote_code=trust)
-        for notice in (*opened.notices, opened.find(self.toxic_label)[1]):
-            if notice:
-                job.warn(notice)
-        return lambda texts: opened.probability(texts, self.toxic_label).tolist()
 
     def _prompts(self, records: Sequence[Record]) -> list[Record]:
         filled = formats.fill(records, self.instruction, "instruction")
