@@ -115,6 +115,10 @@ def test_a_family_one_member_and_options():
         ([{"loss": None, "length": None}], "is not a metric"),
         ([{"rouge": "rougeL"}], "is not a metric"),
         ([3], "is not a metric"),
+        ([{"toxicity": {"threshold": 2}}], "threshold"),
+        (["lexicon"], "needs «words»"),
+        ([{"lexicon": {"words": ["!"]}}], "gives no score"),
+        (["toxicity", {"toxicity": {"label": "insult"}}], "is asked for twice"),
     ],
 )
 def test_a_wrong_request_says_so_before_anything_is_scored(spec, says):
@@ -251,6 +255,51 @@ def test_ended_is_a_share():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="shared data are not here")
+# Toxicity
+
+
+def test_toxicity_by_hand():
+    """Of two answers to a prompt only the expected maximum looks at the second."""
+    scores = metrics.compute([{"toxicity": {"threshold": 0.4}}], SAMPLE)
+    values = {name: s.value for name, s in scores.items()}
+    assert values == pytest.approx(
+        {
+            "toxicity_mean": (0.1 + 0.9 + 0.4 + 0.55) / 4,
+            "toxicity_p95": 0.55 + 0.85 * (0.9 - 0.55),  # at place 0.95 · 3 = 2.85 of 0.1, 0.4, 0.55, 0.9
+            "toxicity_max": 0.9,
+            "toxicity_share": 2 / 4,  # 0.4 is not above 0.4
+            "toxicity_expected_max": (0.7 + 0.9 + 0.4 + 0.6) / 4,
+        }
+    )
+    assert all(s.higher_is_better is False and "by:judge" in s.signature for s in scores.values())
+    assert "of:2" in scores["toxicity_expected_max"].signature
+    one = Outputs(SAMPLE.prompts, SAMPLE.predictions, SAMPLE.references, SAMPLE.ended, toxicity=SAMPLE.toxicity[:, :1])
+    assert "toxicity_expected_max" not in metrics.compute(["toxicity"], one)
+    with pytest.raises(ValueError, match=r"outputs\.toxicity"):
+        metrics.compute(["toxicity"], outputs(["a"]))
+    assert metrics.needs_text(["toxicity"]) and metrics.asks_of_classifier(["rouge"]) is None
+    assert metrics.asks_of_classifier(["rouge", {"toxicity": {"label": "insult"}}]) == {
+        "threshold": 0.5,
+        "label": "insult",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (["бовдур"], [1, 0, 0, 0]),
+        (["бовдур*"], [1, 1, 0, 0]),
+        (["TEL AVIV"], [0, 0, 1, 0]),  # in a row, whatever the case
+        (["п'яний"], [0, 0, 0, 1]),  # however the apostrophe is typed
+        (["東*", "aviv"], [0, 0, 1, 1]),
+        ("mini", [1, 0, 0, 0]),
+    ],
+)
+def test_lexicon_by_hand(entries, expected):
+    texts = ["Цей БОВДУР, тренер", "бовдурів двоє, бездар", "in Tel Aviv, not aviv tel", "東京 п’яний"]
+    assert metrics.compute([{"lexicon": {"words": entries}}], outputs(texts))["lexicon"].rows.tolist() == expected
+
+
 def test_any_shared_text_equals_itself():
     """Whatever script the shared texts are in: a text with words scores 1 against itself."""
     found = 0

@@ -22,10 +22,10 @@ from temper.errors import RunError
 from temper.report import build
 from temper.report.contract import Comparison, Evaluation, Measured
 from temper.report.curves import best_validation, points
-from temper.report.phrases import compared, verdict
+from temper.report.phrases import compared, findings, verdict
 from temper.report.plots import thin, ticks
 from temper.report.samples import choose
-from temper.report.tables import best
+from temper.report.tables import best, comparisons_table
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/a.png>"
 PLACES = ["Полтаві", "Ніжині", "Чернігові", "Луцьку", "Умані", "Ромнах", "Сумах", "Острозі"]
@@ -470,6 +470,23 @@ def test_a_claim_needs_the_adjusted_p(
     assert verdict(evaluation.comparisons[0], higher) == kind
     assert best(evaluation) == winner
     assert compared(evaluation.comparisons[0], evaluation).text.startswith(sentence)
+
+
+def test_a_maximum_is_shown_and_no_claim_is_made_of_it() -> None:
+    evaluation = two("m", False, -0.42, 0.001)
+    highest = Measured(value=0.9, n=200, higher_is_better=False)
+    for measured in evaluation.models.values():
+        measured["m_max"] = highest
+    untested = Comparison(metric="m_max", a="base", b="sft", difference=-0.3)
+    evaluation.comparisons.append(untested)
+    assert verdict(untested, False) == "untested"
+    assert compared(untested, evaluation).text == "sft − base on m_max with 200 rows: −0.300, which no test can judge."
+    told = findings(evaluation)
+    assert [f.verdict for f in told] == ["better", ""] and "1 more comparison" in told[1].text
+    table = comparisons_table(evaluation)
+    assert [c.text for c in table.rows[1]] == ["m_max ↓", "sft − base", "−0.300", "–", "–", "–", "–", "no test"]
+    assert "maximum" in table.notes[1] and "No test" not in " ".join(comparisons_table(two("m", True, 0.1, 0.5)).notes)
+    assert best(evaluation) == {"m": "sft"}
 
 
 def test_best_must_beat_every_other_model() -> None:

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 
 from temper import metrics, statistics
+from temper.metrics.toxicity import highest, p95
 from temper.statistics import compare, holm, interval
 from temper.types import Outputs, Scores
 
@@ -281,3 +282,55 @@ def test_many_rows_take_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60e6  # all counts at once: 24 MB a copy; in pieces of 8 MB, three live at a time
+
+
+# Rows in order
+
+
+def quantile(rows) -> Scores:
+    return Scores.order(np.asarray(rows), p95, "p95|v1")
+
+
+def test_the_interval_of_a_quantile_is_scipys_percentile_bootstrap(skewed):
+    result = scipy.stats.bootstrap(
+        (skewed,), p95, n_resamples=40_000, method="percentile", rng=np.random.default_rng(5)
+    )
+    ours = interval(quantile(skewed), seed=3, resamples=40_000)
+    assert ours == pytest.approx(tuple(result.confidence_interval), rel=0.02)
+    assert ours[0] < quantile(skewed).value < ours[1]
+    assert interval(quantile(skewed), seed=3, resamples=2_000) == interval(quantile(skewed), seed=3, resamples=2_000)
+
+
+def test_quantiles_are_compared_by_swapping_rows():
+    """Every swap of seven rows by hand."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 7), rng.normal(1, 1, 7)
+    found = compare(quantile(a), quantile(b), seed=0, resamples=5_000)
+    assert found.difference == pytest.approx(np.quantile(b, 0.95) - np.quantile(a, 0.95))
+    all_swaps = [np.array(s, bool) for s in itertools.product([0, 1], repeat=7)]
+    differences = [np.quantile(np.where(s, a, b), 0.95) - np.quantile(np.where(s, b, a), 0.95) for s in all_swaps]
+    assert found.p == np.mean(np.abs(differences) >= abs(found.difference) - 1e-12)
+
+    def paired(a, b, axis=-1):
+        return np.quantile(b, 0.95, axis=axis) - np.quantile(a, 0.95, axis=axis)
+
+    result = scipy.stats.bootstrap(
+        (a, b), paired, paired=True, n_resamples=20_000, method="percentile", rng=np.random.default_rng(5)
+    )
+    found = compare(quantile(a), quantile(b), seed=0, resamples=20_000)
+    assert (found.low, found.high) == pytest.approx(tuple(result.confidence_interval), abs=0.03)
+    assert found.error == pytest.approx(result.standard_error, rel=0.05)
+
+
+def test_a_quantile_of_equal_rows_is_certain_and_of_one_row_is_not():
+    assert interval(quantile([0.5] * 9), seed=0, resamples=200) == (0.5, 0.5)
+    assert interval(quantile([0.5]), seed=0, resamples=200) is None
+    same = compare(quantile([0.1, 0.5, 0.9]), quantile([0.1, 0.5, 0.9]), seed=0, resamples=200)
+    assert (same.difference, same.p, same.error) == (0, 1, None)
+
+
+def test_a_maximum_has_neither_interval_nor_test():
+    a, b = (Scores.order(rows, highest, "max|v1", resampled=False) for rows in (np.arange(9.0), np.arange(1.0, 10.0)))
+    assert interval(a, seed=0) is None
+    found = compare(a, b, seed=0)
+    assert found.difference == 1 and (found.low, found.high, found.p, found.smallest_detectable()) == (None,) * 4

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 
 from temper.data.mini import LEXICON
-from temper.errors import RecipeError
 from temper.metrics.table import register
 from temper.metrics.words import SIGNATURE
 from temper.metrics.words import words as words_of
@@ -20,10 +19,6 @@ class _Entries:
 
     def __init__(self, entries: list[str]) -> None:
         runs = [(tuple(words_of(entry)), entry.endswith("*")) for entry in entries]
-        if not runs or not all(run for run, _ in runs):
-            raise RecipeError(
-                "metric «lexicon»: the list is empty, or an entry has no word in it", do="words: [one, two]"
-            )
         self.whole = {run for run, stem in runs if not stem}
         self.stems = {run for run, stem in runs if stem}
         self.longest = max(len(run) for run, _ in runs)
@@ -44,8 +39,9 @@ class _Entries:
 
 
 def _gives(words: list[str] | Literal["mini"]) -> list[str]:
-    _Entries(_listed(words))  # what is wrong with the list is told before anything runs
-    return ["lexicon"]
+    """Nothing of a list that is empty or has an entry without a word, which is told before anything runs."""
+    listed = _listed(words)
+    return ["lexicon"] if listed and all(words_of(entry) for entry in listed) else []
 
 
 def _listed(words: list[str] | Literal["mini"]) -> list[str]:

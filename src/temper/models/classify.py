@@ -290,4 +290,5 @@ def _context(tokenizer: Any, hf: Any) -> int:
     """The longest line in tokens. RoBERTa and its kin count places from the padding token's id, which takes room."""
     tables = (m for name, m in hf.named_modules() if name.endswith("position_embeddings"))
     lost = next((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), 0)
-    return min(tokenizer.model_max_length, (load.context(hf) or NO_LIMIT) - lost, NO_LIMIT)
+    places = load.context(hf) or 0  # XLNet says −1: there is no limit
+    return min(tokenizer.model_max_length, places - lost if places > 0 else NO_LIMIT, NO_LIMIT)
