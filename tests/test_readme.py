@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 from ruamel.yaml import YAML
 
+from served import Asked, serving
 from temper import recipe as recipes
 from temper.app import folder_of
 from temper.cli import app, main
@@ -35,6 +36,7 @@ from temper.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/recipes.md"]
+ENDPOINT = "http://127.0.0.1:8000/v1"
 NEEDS_HUB = {"hub.yaml"}  # loaded and checked, not run
 LONG = "detox-summarization"  # asks the hub without a profile, takes minutes with `mini`: read as its smoke profile
 CHAT_TEMPLATE = (
@@ -42,6 +44,14 @@ CHAT_TEMPLATE = (
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
+
+
+def teacher(asked: Asked) -> str:
+    """Stands for the model behind the pages' endpoint: other words where it is asked for them, else a new question."""
+    if asked.prompt.startswith("Say this in other words"):
+        return f"Якщо коротко й іншими словами: {asked.prompt.partition(chr(10))[2]} Ось так воно й було насправді."
+    n = asked.body["seed"]
+    return f"Чому {n % 997} людей у {n % 991} містах за {n % 983} днів написали {n % 977} листів про {n % 971} свят?"
 
 
 class Block(NamedTuple):
@@ -132,7 +142,9 @@ class Reader:
         elif name[1] in NEEDS_HUB:
             recipes.load(self.recipe, overlays=[file])
         else:
-            self.temper(["run", self.recipe, "--config", name[1], "--out", f"runs/with-{file.stem}"], block.where)
+            with serving(teacher) as served:
+                file.write_text(block.text.replace(ENDPOINT, served.url), encoding="utf-8")
+                self.temper(["run", self.recipe, "--config", name[1], "--out", f"runs/with-{file.stem}"], block.where)
 
 
 def read(file: Path) -> dict[str, Any]:
