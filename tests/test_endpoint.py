@@ -69,6 +69,13 @@ def test_chat_and_plain_text_go_to_their_own_paths_with_what_differs_from_the_de
         }  # fmt: skip
 
 
+def test_half_a_character_does_not_reach_the_files() -> None:
+    (found,) = ask(
+        lambda asked: Reply(body='{"choices": [{"message": {"content": "a\\ud83d b \\ud83d\\ude00"}}]}'), [user("q")]
+    )
+    assert found.text == "a\ufffd b 😀" and found.text.encode() and not found.ended
+
+
 def test_the_seed_is_that_of_the_number_and_the_step_not_of_the_place() -> None:
     with serving(lambda asked: "x") as served:
         asker = Endpoint(Address(served.url, "m"), concurrency=1)

@@ -363,6 +363,7 @@ def checked(tmp_path: Path, url: str = "http://127.0.0.1:9/v1", **fields: Any) -
         ({"reject": {"contains": [""]}}, "contained in every"),
         ({"reject": {"toxicity_below": 0.5}}, "need each other"),
         ({"classifier": "org/m"}, "need each other"),
+        ({"instruction": [{"role": "assistant", "content": "Ось:"}]}, "ends with an answer"),
         ({"grow": 3, "example": "{text}"}, "instruction with {examples}"),
         ({"example": "{text}"}, "grow, which is not set"),
         ({"data": "news.train"}, "all splits are written anew"),
@@ -442,6 +443,15 @@ def test_endpoints_are_evaluated_beside_one_another(tmp_path: Path) -> None:
     assert found["models"][names[0]]["ended"]["value"] == 1 and asked_once == 16
     table = pyarrow.parquet.read_table(tmp_path / "run" / "compare" / "rows.parquet").to_pydict()
     assert table[f"{names[1]}|prediction"] == table["reference"] and set(table["prompt"]) <= told.keys()
+
+
+def test_plans_count_the_rows_that_a_teacher_will_write(tmp_path: Path) -> None:
+    from temper.predict import Predictor
+    from temper.runfolder import RunFolder
+
+    predictor = Predictor(recipes.load(write(tmp_path, "http://127.0.0.1:9/v1")), RunFolder(tmp_path / "run"))
+    found = predictor.rows("toxic")
+    assert found is not None and found.splits["train"] == 12
 
 
 def test_plans_know_that_an_endpoint_has_no_weights(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from temper.runfolder import Result, RunFolder, read_json
 from temper.shapes import Rows, Size
 from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate
+from temper.stages.generate import Generate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
 
@@ -79,6 +80,8 @@ class Predictor:
             self._rows[name] = None
             if name in self.known:
                 self._rows[name] = shapes.rows_of_card(self.known[name], self._counter(name))
+            elif isinstance(stage, Generate):
+                self._rows[name] = self.rows(stage.data)  # so many rows at most, of about that length
             elif isinstance(stage, Data):
                 try:
                     self._rows[name] = shapes.rows_of_source(stage, self.recipe, self._counter(name))

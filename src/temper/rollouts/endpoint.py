@@ -30,6 +30,7 @@ KEYS = ("TEMPER_API_KEY", "OPENAI_API_KEY")  # environment variables; the first 
 AGAIN = {408, 409, 425, 429}  # and all of 5xx
 LONGEST_PAUSE = 60.0  # seconds between two attempts, unless the server itself asks for more
 LONGEST_ASKED = 600.0  # seconds that a server may ask us to wait
+ENDED = {"stop", "eos_token", "stop_sequence"}  # what servers call it when the model ended; OpenAI's is the first
 EMPTY_ATTEMPTS = 2  # a model may have nothing to say: an empty answer is doubted once
 SHOWN = 300  # characters of a server's words in an error
 
@@ -191,7 +192,9 @@ class Endpoint:
             return _Trouble("garbage", said or "an empty body")
         if not isinstance(text, str | None):
             return _Trouble("garbage", said)
-        return Answer((text or "").strip(), reason == "stop")
+        # Half a character, escaped alone (\ud83d), is legal JSON and can be written to no file.
+        whole = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Answer(whole.strip(), reason in ENDED)
 
     def _failed(self, what: str, do: str, said: str = "") -> ModelError:
         """An error that says what the server said, on one line, and never the key."""

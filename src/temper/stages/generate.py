@@ -91,6 +91,9 @@ class Generate(Stage):
             raise ValueError(f"the answers go into «{self.into}», which no template of the new row asks for")
         if (self.classifier is None) != (self.reject.toxicity_below is None):
             raise ValueError("classifier and reject.toxicity_below need each other")
+        last = self.instruction[-1:] if isinstance(self.instruction, list) else []
+        if any(isinstance(m, dict) and m.get("role") == "assistant" for m in last):
+            raise ValueError("the instruction ends with an answer: its last message must not be the assistant's")
         if self.grow is None and self.example is not None:
             raise ValueError("example belongs to grow, which is not set")
         if self.grow is not None:
