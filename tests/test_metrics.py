@@ -43,6 +43,7 @@ SAMPLE = Outputs(
     nll=np.array([6.0, 2.5, 3.0, 0.5]),
     tokens=np.array([3, 4, 2, 1]),
     toxicity=np.array([[0.1, 0.7], [0.9, 0.2], [0.4, 0.3], [0.55, 0.6]]),
+    kl=np.array([0.5, 0.0, 2.5, 1.0]),
     classifier="judge",
 )
 NEEDS = {"lexicon": {"lexicon": {"words": ["one"]}}}  # what must be said of a metric that has no default for it
@@ -70,6 +71,7 @@ def test_a_subset_of_rows_has_the_score_of_their_summed_statistics(name):
             nll=SAMPLE.nll[pick],
             tokens=SAMPLE.tokens[pick],
             toxicity=SAMPLE.toxicity[pick],
+            kl=SAMPLE.kl[pick],
             classifier=SAMPLE.classifier,
         )
         for given_name, scores in metrics.compute(spec, part).items():

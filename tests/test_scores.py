@@ -295,3 +295,25 @@ def test_packed_examples_do_not_see_one_another() -> None:
             packed = Policy(model)(join(order)).split([len(t.tgt) for t in order])
             for tree, got in zip(order, packed, strict=True):
                 assert torch.allclose(got, alone[ids.index(tree.ids.tolist())], atol=NATS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_divergence_is_that_of_whole_distributions(family: str) -> None:
+    """Against each sequence alone through the plain model, in float64; gemma2 caps its logits."""
+    one, other = build(family), build(family)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    row = forest()
+    found = Policy(one).divergence(Policy(other), row)
+    expected = []
+    for tgt in row.tgt.tolist():
+        tree, start = next((t, s) for t, s in zip(row.trees, row.starts, strict=True) if s <= tgt < s + len(t))
+        branch = next(b for b in range(len(tree.tips)) if tgt - start in tree.path(b).tolist())
+        path = tree.path(branch)
+        ids = torch.tensor(tree.ids[path[path < tgt - start]].tolist())[None]
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, -1].double().log_softmax(-1) for m in (one, other))
+        expected.append(float((p.exp() * (p - q)).sum()))
+    assert torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-5)
+    assert found.min() > 1e-3 and Policy(one).divergence(Policy(one), row).abs().max() < 1e-6

@@ -26,6 +26,7 @@ class Outputs:
     `nll` is the negative log-likelihood in nats of each reference given its prompt, summed over the reference's
     `tokens` tokens (its end token included); both are None where no metric asked for them.
     `ended` says whether the model ended its answer itself rather than by the length limit.
+    `kl` is the divergence of this model from another along its own prediction, in nats summed over its tokens.
     `toxicity` is a classifier's probability that each of a prompt's k answers is toxic, its prediction first.
     """
 
@@ -36,6 +37,8 @@ class Outputs:
     nll: np.ndarray | None = None  # float64 [N]
     tokens: np.ndarray | None = None  # int64 [N]
     toxicity: np.ndarray | None = None  # float64 [N, k]
+    kl: np.ndarray | None = None  # float64 [N]
+    kl_to: str = ""  # the model that `kl` is measured from
     classifier: str = ""  # which one and which of its labels: part of the signature of what it scored
 
 

@@ -94,6 +94,11 @@ def needs_text(spec: Spec) -> bool:
     return any(declared[request.name].reads != "likelihood" for request in read(spec))
 
 
+def needs_kl(spec: Spec) -> bool:
+    """Whether any metric reads `outputs.kl`."""
+    return any(declared[request.name].reads == "kl" for request in read(spec))
+
+
 def asks_of_classifier(spec: Spec) -> dict[str, Any] | None:
     """The options of the metric that reads `outputs.toxicity`; None where none does."""
     return next((r.options for r in read(spec) if declared[r.name].reads == "toxicity"), None)
@@ -120,7 +125,7 @@ def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Score
 
 def _check_lengths(outputs: Outputs, where: str) -> None:
     columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens,
-               outputs.toxicity]  # fmt: skip
+               outputs.toxicity, outputs.kl]  # fmt: skip
     lengths = {len(column) for column in columns if column is not None}
     if len(lengths) > 1:
         raise ValueError(f"columns of outputs differ in length: {sorted(lengths)}")

@@ -1,6 +1,6 @@
-"""How probable the model finds the references. Nothing is generated.
+"""How probable the model finds the references, and how far it is from another along its own answers.
 
-Both count per token of the model's own tokenizer, so models with different tokenizers are not comparable by them.
+Loss and perplexity count per token of the model's own tokenizer, so models with different tokenizers are not comparable by them.
 """
 
 from __future__ import annotations
@@ -52,3 +52,18 @@ def perplexity(outputs: Outputs) -> dict[str, Scores]:
     with np.errstate(over="ignore"):
         shown = np.exp(rows)
     return {"perplexity": Scores(stats, shown, "perplexity|per-token|of:reference", False, exp_of_ratio)}
+
+
+@register("kl", reads="kl")
+def kl(outputs: Outputs) -> dict[str, Scores]:
+    """Divergence from the first model, KL(this ‖ first), in nats an answer.
+
+    Exact at every token: Σ over the whole vocabulary, summed along the model's own answer. For sampled answers its mean
+    is the KL of the two distributions over answers, with less noise than any estimate from the sampled tokens alone.
+
+    >>> kl(Outputs(["", ""], ["", ""], ["", ""], [True, True], kl=np.array([1.0, 2.0])))["kl"].value
+    1.5
+    """
+    if outputs.kl is None:
+        raise ValueError("kl needs outputs.kl")
+    return {"kl": Scores.mean(outputs.kl, f"kl|nats/answer|exact|from:{outputs.kl_to}", higher_is_better=None)}

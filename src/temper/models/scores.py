@@ -6,6 +6,7 @@ module is wrapped for several processes; nothing calls the inner model past it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -94,26 +95,47 @@ class Policy(nn.Module):
 
     def forward(self, row: Row) -> torch.Tensor:
         """Log-probability of every scored token given its path, float32 [S], in the order of `row.tgt`."""
-        model = self.inner
-        backbone, head = head_of(model)
-        hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
+        hidden, logits = self._hidden(row)
         scored = len(row.tgt)
         # The head's matrix products, too, come in few shapes: see `trees.ROUND`.
         more = rounded(scored) - scored
         hidden = functional.pad(hidden, (0, 0, 0, more))
         targets = functional.pad(row.ids.index_select(0, row.tgt), (0, more))
-        chunk = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            logits = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
-            if self.temperature != 1:
-                logits = logits / self.temperature
-            return -functional.cross_entropy(logits, t, reduction="none")
+            return -functional.cross_entropy(logits(h), t, reduction="none")
 
-        pieces = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
+        pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
         if torch.is_grad_enabled() and len(pieces) > 1:  # one chunk alone is no more to keep than to make again
             return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])[:scored]  # type: ignore[misc]
         return torch.cat([score(h, t) for h, t in pieces])[:scored]
+
+    @property
+    def chunk(self) -> int:
+        """Positions whose logits are held at once."""
+        return max(1, CHUNK_LOGITS // self.inner.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def divergence(self, other: Policy, row: Row) -> torch.Tensor:
+        """KL(this policy ‖ other) of the whole next-token distribution at every scored token, nats, float32 [S]."""
+        (mine, my_logits), (theirs, their_logits) = self._hidden(row), other._hidden(row)
+        out = []
+        for h, g in zip(mine.split(self.chunk), theirs.split(self.chunk), strict=True):
+            p, q = my_logits(h).log_softmax(-1), their_logits(g).log_softmax(-1)
+            out.append((p.exp() * (p - q)).sum(-1))
+        return torch.cat(out)
+
+    def _hidden(self, row: Row) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Hidden states at `src` [S, width], and what makes float32 logits [n, V] of some of them."""
+        model = self.inner
+        backbone, head = head_of(model)
+
+        def logits(h: torch.Tensor) -> torch.Tensor:
+            found = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
+            return found if self.temperature == 1 else found / self.temperature
+
+        hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
+        return hidden, logits
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
         out = backbone(

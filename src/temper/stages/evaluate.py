@@ -13,7 +13,7 @@ from pydantic import field_validator, model_validator
 
 from temper import address, metrics, statistics
 from temper.data.card import read_rows
-from temper.data.chat import Encoded, Encoder, is_text
+from temper.data.chat import Encoder, is_text
 from temper.data.formats import text_of
 from temper.engine import device as devices
 from temper.errors import DataError, RecipeError
@@ -24,12 +24,11 @@ from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detai
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_sealed, write_json, write_sealed
-from temper.stages import compare, summary
+from temper.stages import compare, scoring, summary
 from temper.stages import judge as judging
-from temper.stages.sft import format_of, tree_of
+from temper.stages.sft import format_of
 from temper.stages.teacher import Served
 from temper.stages.training import TRAINED_ON, fingerprint, settle
-from temper.trees import rows_of
 from temper.types import Outputs, Record, Scores
 
 
@@ -82,9 +81,9 @@ class Evaluate(Stage):
     def check(self, recipe: Recipe) -> None:
         for name in self.models:
             served = address.endpoint((recipe.model or "") if name == "base" else name)
-            if served and metrics.needs_likelihood(self.metrics):
+            if served and (metrics.needs_likelihood(self.metrics) or metrics.needs_kl(self.metrics)):
                 raise RecipeError(
-                    f"metrics of likelihood (loss, perplexity) need a model's weights, and {served} gives only text",
+                    f"metrics of likelihood (loss, perplexity, kl) need a model's weights, and {served} gives only text",
                     do="leave them out, or evaluate the endpoint in a stage of its own",
                 )
 
@@ -180,16 +179,8 @@ class Evaluate(Stage):
         """What a model on this machine answers, as `_served`, and how likely it finds the references."""
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
-        source = job.model(name)
-        trust = job.recipe.trust_remote_code
-        tokenizer = load.tokenizer(source, trust_remote_code=trust)
         dtype = devices.DTYPES[precision] if device.type == "cuda" else torch.float32
-        hf, notices = adapters.open_model(
-            source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust
-        )
-        for notice in notices:
-            job.warn(notice)
-        policy = Policy(hf)
+        policy, tokenizer = self._open(job, name, device, dtype)
         encoder = Encoder(tokenizer, format_of(job, self.data), end_ids=load.end_ids(policy.inner))
         self._check_form(job, name, encoder, records)
         encoded = encoder.encode(records)
@@ -211,16 +202,32 @@ class Evaluate(Stage):
                 job.progress(len(prompts) * self.samples, f"{name} answers") as bar,
                 devices.autocast(device, precision),
             ):
-                sampler = Sampler(hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
+                sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
                 job.say(f"{name} answers: {sampler.reason}")
                 drawn = sampler.sample(prompts, self.decoding, completions=self.samples, seed=job.seed, progress=bar)
             ids = [one.ids for group in drawn for one in group]
+            first = [group[0] for group in drawn]
             out["texts"] = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            out["ended"] = [group[0].ended for group in drawn]
-        if metrics.needs_likelihood(self.metrics):
+            out["ended"] = [one.ended for one in first]
+        if metrics.needs_likelihood(self.metrics) or metrics.needs_kl(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
-            out["nll"], out["tokens"] = self._likelihood(policy, encoded, precision, context, name)
+        if metrics.needs_likelihood(self.metrics):
+            out["nll"], out["tokens"] = scoring.likelihood(policy, encoded, precision, context, name, self.micro_tokens)
+        if metrics.needs_kl(self.metrics):
+            out["kl_to"] = self.models[0]
+            other = None if name == self.models[0] else self._open(job, self.models[0], device, dtype)
+            out["kl"] = scoring.divergence(policy, other, tokenizer, prompts, first, precision, self.micro_tokens)
         return out
+
+    def _open(self, job: Job, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Policy, Any]:
+        """A model and its tokenizer."""
+        source, trust = job.model(name), job.recipe.trust_remote_code
+        hf, notices = adapters.open_model(
+            source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust
+        )
+        for notice in notices:
+            job.warn(notice)
+        return Policy(hf), load.tokenizer(source, trust_remote_code=trust)
 
     def _stage_of(self, job: Job, name: str) -> Result | None:
         return job.inputs.get((job.recipe.model or "") if name == "base" else name)
@@ -234,29 +241,6 @@ class Evaluate(Stage):
                 f"{name} was trained on rows written as «{trained}» and is asked in another form «{encoder.description}»: "
                 f"give {self.data.partition('.')[0]} the same format as its training data"
             )
-
-    def _likelihood(
-        self, policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str
-    ) -> tuple[list[float], list[int]]:
-        """Summed negative log-likelihood of each answer, and its number of tokens."""
-        for e in encoded:
-            if len(e.ids) > context:
-                raise DataError(
-                    f"a row of {len(e.ids)} tokens exceeds the context of {name} ({context})",
-                    where=e.where,
-                    do="drop: {longer_than: …} in the data stage",
-                )
-        trees = [tree_of(e) for e in encoded]
-        place = {id(t): k for k, t in enumerate(trees)}
-        nll, tokens = [0.0] * len(trees), [len(t.tgt) for t in trees]
-        policy.eval()
-        with torch.no_grad(), devices.autocast(policy.device, precision):
-            for row in rows_of(trees, 256, self.micro_tokens):
-                sums = torch.zeros(len(row.trees), dtype=torch.float64)
-                sums.index_add_(0, row.branch, -policy(row.to(policy.device)).double().cpu())
-                for tree, value in zip(row.trees, sums.tolist(), strict=True):
-                    nll[place[id(tree)]] = value
-        return nll, tokens
 
     def _check_units(self, job: Job, outputs: dict[str, Outputs]) -> None:
         """Loss and perplexity count in tokens: two tokenizers are two units."""
@@ -299,6 +283,8 @@ def _outputs(raw: dict[str, Any]) -> Outputs:
         None if raw["nll"] is None else np.array(raw["nll"], np.float64),
         None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
         None if raw["toxicity"] is None else np.array(raw["toxicity"], np.float64),
+        None if raw["kl"] is None else np.array(raw["kl"], np.float64),
+        raw["kl_to"],
         raw["classifier"],
     )  # fmt: skip
 
@@ -306,7 +292,7 @@ def _outputs(raw: dict[str, Any]) -> Outputs:
 def _columns(prompts: list[str], references: list[str], **more: Any) -> dict[str, Any]:
     """Columns of `Outputs` as JSON holds them, before anything was asked; and «texts», all samples row by row."""
     n = len(prompts)
-    none = {"nll": None, "tokens": None, "toxicity": None, "classifier": "", "texts": []}
+    none = {"nll": None, "tokens": None, "toxicity": None, "classifier": "", "kl": None, "kl_to": "", "texts": []}
     return {"prompts": prompts, "references": references, "predictions": [""] * n, "ended": [True] * n, **none, **more}
 
 
