@@ -44,7 +44,7 @@ class TrainClassifier(Stage, Validated):
     adapter: Adapter | None = detail(None, "Train an adapter and the head instead of the whole model.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
     row_tokens: int = detail(
-        16, "Texts stand on lines of their own; those shorter than this together share a lane of the count.", ge=16
+        16, "Texts stand on padded lines, like lengths together; several that fit this count as one.", ge=16
     )
     lr: float = detail(5e-4, "Peak learning rate.", gt=0)
 
