@@ -107,6 +107,10 @@ def test_the_plain_form_is_completed_and_messages_are_chatted(tmp_path: Path) ->
     assert [m["role"] for m in seen[-1].body["messages"]] == ["system", "user"]
     assert seen[-1].body["messages"][1]["content"].startswith("Образь: Учора пані")
     assert seen[-1].body["temperature"] == 0.8, "a teacher is sampled from"
+    run(tmp_path / "short", script, n=2, decoding={"max_new_tokens": 9})
+    assert (seen[-1].body["temperature"], seen[-1].body["max_tokens"]) == (0.8, 9)
+    run(tmp_path / "greedy", script, n=2, decoding={"temperature": 0}, tries=1)
+    assert seen[-1].body["temperature"] == 0
 
 
 def test_rejected_answers_are_asked_for_again_and_counted_by_reason(tmp_path: Path) -> None:
@@ -363,6 +367,7 @@ def checked(tmp_path: Path, url: str = "http://127.0.0.1:9/v1", **fields: Any) -
         ({"reject": {"contains": [""]}}, "contained in every"),
         ({"reject": {"toxicity_below": 0.5}}, "need each other"),
         ({"classifier": "org/m"}, "need each other"),
+        ({"decoding": {"temperature": 0}}, "a second try answers as the first"),
         ({"instruction": [{"role": "assistant", "content": "Ось:"}]}, "ends with an answer"),
         ({"grow": 3, "example": "{text}"}, "instruction with {examples}"),
         ({"example": "{text}"}, "grow, which is not set"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from temper.data import formats
 from temper.data.card import card, read_rows, write_data
@@ -29,6 +29,7 @@ from temper.types import Record
 
 SPLITS = ("train", "validation", "test")
 KINDS = (("text",), ("messages",), ("prompt", "completion", "chosen", "rejected", "label"))  # columns that go together
+TEMPERATURE = 0.8  # a teacher is sampled from: a second try must be able to differ
 NEAR = 0.8  # Jaccard similarity from which a grown row repeats another
 
 
@@ -60,7 +61,9 @@ class Generate(Stage):
     format: Format = detail(Format(), "How the new rows are written out for a model, in training and at inference.")
     teacher_format: Format = detail(Format(), "How the instruction is written out for the teacher.")
 
-    decoding: Decoding = detail(Decoding(temperature=0.8), "How answers are decoded.")
+    decoding: Decoding = detail(
+        Decoding(temperature=TEMPERATURE), "How answers are decoded; the temperature is 0.8 unless given."
+    )
     tries: int = detail(4, "Times that a row is asked for until an answer is accepted.", ge=1)
     reject: Reject = detail(Reject(), "Which answers are rejected, each with a counted reason.")
     classifier: ClassifierRef | None = detail(None, "The classifier that reject.toxicity_below asks.")
@@ -81,6 +84,12 @@ class Generate(Stage):
     precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto, of a local teacher.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
 
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _sampled(cls, value: Any) -> Any:
+        """A recipe that sets other options of decoding only still samples."""
+        return {"temperature": TEMPERATURE, **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _whole(self) -> Generate:
         kind, templates = self._kind(), self._templates()
@@ -91,6 +100,8 @@ class Generate(Stage):
             raise ValueError(f"the answers go into «{self.into}», which no template of the new row asks for")
         if (self.classifier is None) != (self.reject.toxicity_below is None):
             raise ValueError("classifier and reject.toxicity_below need each other")
+        if self.decoding.temperature == 0 and self.tries > 1 and self.grow is None:
+            raise ValueError("at temperature 0 a second try answers as the first: give tries: 1, or a temperature")
         last = self.instruction[-1:] if isinstance(self.instruction, list) else []
         if any(isinstance(m, dict) and m.get("role") == "assistant" for m in last):
             raise ValueError("the instruction ends with an answer: its last message must not be the assistant's")
