@@ -115,19 +115,15 @@ def _inverse_cdf(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tenso
     and both running sums are short enough for float64.
     """
     rows, vocabulary = logits.shape
-    top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()
+    weights = logits.softmax(-1)
     if vocabulary % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, BLOCK - vocabulary % BLOCK))
     weights = weights.view(rows, -1, BLOCK)
     blocks = weights.sum(-1).double().cumsum(-1)  # [R, blocks]
-    total = blocks[:, -1:]
-    block, rest = _found(blocks, noise[:, None] * total)
-    within = weights[torch.arange(rows, device=logits.device), block[:, 0]].double().cumsum(-1)  # [R, BLOCK]
-    place, _ = _found(within, rest)
-    tokens = (block * BLOCK + place)[:, 0]
-    logps = logits.gather(-1, tokens[:, None]) - top - total.log().float()
-    return tokens, logps[:, 0]
+    block, rest = _found(blocks, noise[:, None] * blocks[:, -1:])
+    within = weights[torch.arange(rows, device=logits.device), block[:, 0]]  # [R, BLOCK]
+    place, _ = _found(within.double().cumsum(-1), rest)
+    return (block * BLOCK + place)[:, 0], within.gather(-1, place)[:, 0].log()
 
 
 def _found(sums: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

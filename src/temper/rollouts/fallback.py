@@ -6,7 +6,7 @@ Only the forward passes are its own. Tokens are drawn by the same code and the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
+
+Together = Literal["any length", "equal length", "none"]
 
 
 class _Drawn(LogitsProcessor):
@@ -61,7 +63,7 @@ def decode(
     *,
     pad_id: int,
     slots: int,
-    padded: bool = True,
+    together: Together = "any length",
     progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Write every draft to its end, batches of up to `slots` prompts of like length together, padded on the left.
@@ -69,7 +71,7 @@ def decode(
     Args:
         prompts: one a draft, token ids.
         noise: float64 [drafts, max_new_tokens].
-        padded: False for a model to which padding is not invisible: only prompts of equal length go together.
+        together: which prompts share a batch; some models see padding, and some lose their state in any batch.
         progress: called with the number of drafts that a batch finished.
     """
     device = next(model.parameters()).device
@@ -80,7 +82,7 @@ def decode(
     # What the model's own settings ask for (a penalty, forced tokens) would fill whatever ours leave open.
     model.generation_config = settings
     try:
-        for taken in _batches([len(p) for p in prompts], slots, padded):
+        for taken in _batches([len(p) for p in prompts], slots, together):
             width = max(len(prompts[i]) for i in taken)
             ids = torch.full((len(taken), width), pad_id)
             mask = torch.zeros_like(ids)
@@ -101,11 +103,12 @@ def decode(
         model.generation_config = kept
 
 
-def _batches(lengths: list[int], slots: int, padded: bool) -> Iterator[list[int]]:
+def _batches(lengths: list[int], slots: int, together: Together) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) == slots or (not padded and lengths[i] != lengths[batch[0]])):
+        apart = together == "none" or (together == "equal length" and bool(batch) and lengths[i] != lengths[batch[0]])
+        if batch and (len(batch) == slots or apart):
             yield batch
             batch = []
         batch.append(i)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from temper.errors import DataError
-from temper.rollouts import fallback
+from temper.models.scores import Policy
+from temper.rollouts import fallback, native
 from temper.rollouts.decoding import Completion, Decoding, Draft
 from temper.rollouts.distribution import uniforms
-
-Layout = Literal["native", "generate"]
+from temper.rollouts.proof import prove, trusted
 
 
 class Sampler:
@@ -33,14 +32,14 @@ class Sampler:
     def __init__(self, hf: Any, tokenizer: Any, *, end_ids: Iterable[int], slots: int = 64) -> None:
         self.hf, self.tokenizer, self.slots = hf, tokenizer, slots
         self.ends = frozenset(end_ids)
-        self.layout: Layout = "generate"
-        self.reason = "decoded by transformers' generate"
-        self.padded = True
-
-    @property
-    def inner(self) -> PreTrainedModel:
-        """The transformers model within; its LoRA layers stay active."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        self.policy = Policy(hf, "padded")
+        with _evaluating(hf), torch.no_grad():
+            self.layout, why = prove(self.policy)
+            self.together: fallback.Together = "any length"
+            if self.layout == "generate":
+                self.together, doubt = trusted(self.policy)
+                why += doubt
+        self.reason = f"{'native sampler' if self.layout == 'native' else 'by generate'}: {why}"
 
     @torch.no_grad()
     def sample(
@@ -90,12 +89,17 @@ class Sampler:
         drafts: list[Draft],
         progress: Callable[[int], Any] | None,
     ) -> None:
+        model = self.policy.inner
+        if not drafts:
+            return
+        if self.layout == "native":
+            native.decode(model, prompts, noise, drafts, slots=self.slots, progress=progress)
+            return
         pad = self.tokenizer.pad_token_id
-        if drafts:
-            fallback.decode(
-                self.inner, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots,
-                padded=self.padded, progress=progress,
-            )  # fmt: skip
+        fallback.decode(
+            model, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots, together=self.together,
+            progress=progress,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

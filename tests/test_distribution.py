@@ -1,0 +1,161 @@
+"""The distribution that is sampled from against transformers' own processors, and the draw against arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from temper.rollouts import distribution, products
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.distribution import CANDIDATES, draw, uniforms, warped
+
+ROWS, VOCABULARY = 6, 3000
+
+
+def logits(spread: float = 2.0) -> torch.Tensor:
+    return torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0)) * spread
+
+
+def transformers_own(scores: torch.Tensor, context: torch.Tensor, d: Decoding) -> torch.Tensor:
+    made: list[Any] = []
+    if d.repetition_penalty != 1:
+        made.append(RepetitionPenaltyLogitsProcessor(d.repetition_penalty))
+    made.append(TemperatureLogitsWarper(d.temperature))
+    if d.top_k is not None:
+        made.append(TopKLogitsWarper(d.top_k))
+    if d.top_p < 1:
+        made.append(TopPLogitsWarper(d.top_p))
+    if d.min_p > 0:
+        made.append(MinPLogitsWarper(d.min_p))
+    return LogitsProcessorList(made)(context, scores.clone()).softmax(-1)
+
+
+SETTINGS: list[dict[str, float]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_k": 5000},
+    {"top_p": 0.1},
+    {"top_p": 0.9},
+    {"top_p": 0.999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_equals_transformers(settings: dict[str, Any], spread: float) -> None:
+    decoding = Decoding(**{"temperature": 1.0, **settings})
+    scores = logits(spread)
+    untouched = scores.clone()
+    context = torch.randint(0, VOCABULARY, (ROWS, 50), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(ROWS, VOCABULARY, dtype=torch.bool).scatter_(1, context, True)
+    expected = transformers_own(scores, context, decoding)
+    found = warped(scores, decoding, seen).softmax(-1)
+    assert torch.allclose(found, expected, atol=1e-7, rtol=1e-4)
+    assert torch.equal(found > 0, expected > 0)
+    assert torch.equal(scores, untouched)
+    noise = torch.from_numpy(uniforms(ROWS, 1))
+    tokens, logps, raw = draw(scores, noise, decoding, seen)
+    at = tokens[:, None]
+    assert torch.allclose(logps, expected.gather(-1, at)[:, 0].log(), atol=1e-5)
+    assert torch.allclose(raw.double(), scores.double().log_softmax(-1).gather(-1, at)[:, 0], atol=1e-5)
+
+
+def test_a_nucleus_wider_than_the_candidates() -> None:
+    """Among settings above: some rows find their nucleus among the candidates, flat ones are sorted whole."""
+    scores = torch.cat([logits(0.1)[:3], logits(8.0)[3:]])
+    kept = (warped(scores, Decoding(temperature=1.0, top_p=0.9)) > -torch.inf).sum(-1)
+    assert bool((kept[:3] > CANDIDATES).all()) and bool((kept[3:] < CANDIDATES).all())
+    expected = transformers_own(scores, torch.zeros(ROWS, 1, dtype=torch.long), Decoding(temperature=1.0, top_p=0.9))
+    assert torch.equal(kept, (expected > 0).sum(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 700])
+def test_every_token_comes_as_often_as_it_is_likely(vocabulary: int) -> None:
+    """Noise at the middles of n equal parts of [0, 1) finds each token n·p times, but for one part at each end."""
+    n = 40_000
+    scores = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(2)) * 2
+    scores[0, [0, vocabulary - 1]] = -torch.inf
+    noise = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    tokens, logps, _ = draw(scores.expand(n, -1), noise, Decoding(temperature=1.0))
+    likely = scores[0].double().softmax(-1)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    assert (counts - n * likely).abs().max() < 1.01
+    assert torch.equal(tokens, tokens.sort().values)  # the inverse of a running sum rises
+    assert torch.allclose(logps.double(), likely[tokens].log(), atol=1e-5)
+
+
+def test_what_is_ruled_out_is_never_drawn() -> None:
+    """Not even at the ends of the interval, where rounding could carry the noise past the last token."""
+    for vocabulary in (5, 256, 1000):
+        for allowed in ([0], [vocabulary - 1], [1, 3], [vocabulary // 2]):
+            scores = torch.full((3, vocabulary), -torch.inf)
+            scores[:, allowed] = torch.tensor([0.3 * k for k in range(len(allowed))])
+            noise = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+            tokens, logps, _ = draw(scores, noise, Decoding(temperature=1.0))
+            assert set(tokens.tolist()) <= set(allowed) and tokens[0] == allowed[0] and tokens[2] == allowed[-1]
+            assert torch.isfinite(logps).all()
+
+
+def test_the_noise_is_splitmix64() -> None:
+    """The generator's published first outputs from seed 1234567."""
+    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * distribution._GAMMA
+    assert distribution._mixed(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_streams_are_uniform_and_apart() -> None:
+    keys = [(seed, step, prompt, k) for seed in range(2) for step in range(3) for prompt in range(5) for k in range(4)]
+    streams = np.stack([uniforms(200, *key) for key in keys])
+    assert streams.min() >= 0 and streams.max() < 1 and len(np.unique(streams)) == streams.size
+    counts = np.histogram(streams, 20, (0, 1))[0]
+    expected = streams.size / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # the 0.999 quantile of chi-square with 19
+    between = np.corrcoef(streams)[np.triu_indices(len(keys), 1)]
+    assert abs(between).max() < 0.35 and abs(between.mean()) < 0.005
+    assert np.array_equal(uniforms(3, -1, 2**63), uniforms(3, -1, 2**63))
+
+
+def test_fast_products_lose_nothing_and_leave_no_trace() -> None:
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    draw = torch.Generator().manual_seed(0)
+    x, w = torch.randn(32, 300, generator=draw), torch.randn(2000, 300, generator=draw)
+    with products.fast_products(torch.device("cpu")):
+        inside = switch.fp32_precision
+        got = torch.nn.functional.linear(x, w)
+        with products.plain_products():
+            assert switch.fp32_precision == before
+        assert switch.fp32_precision == inside
+    assert switch.fp32_precision == before and inside == ("bf16" if products._keeps_accuracy() else before)
+    exact = x.double() @ w.double().T
+    assert float((got - exact).norm() / exact.norm()) < 2e-6
+    with products.fast_products(torch.device("meta")):
+        assert switch.fp32_precision == before
+
+
+def test_a_processor_that_computes_in_bfloat16_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.functional.linear
+
+    def rounded(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return linear(x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
+    assert not products._keeps_accuracy.__wrapped__()
