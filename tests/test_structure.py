@@ -40,7 +40,7 @@ ONLY = {
     "rewards": {"errors", "metrics", "registry", "types"},
     "metrics": {"data", "errors", "registry", "types"},  # data: the insults of the mini sets
     "statistics": {"types"},
-    "rollouts": {"errors", "address", "recipe", "models"},
+    "rollouts": {"errors", "address", "recipe", "models", "trees"},
     "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
 }
