@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from temper.errors import ModelError
 from temper.rollouts import distribution, products
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.distribution import CANDIDATES, draw, uniforms, warped
@@ -113,6 +114,15 @@ def test_what_is_ruled_out_is_never_drawn() -> None:
             tokens, logps, _ = draw(scores, noise, Decoding(temperature=1.0))
             assert set(tokens.tolist()) <= set(allowed) and tokens[0] == allowed[0] and tokens[2] == allowed[-1]
             assert torch.isfinite(logps).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_broken_logits_are_an_error(temperature: float, bad: float) -> None:
+    scores = logits()
+    scores[2, 1700] = bad
+    with pytest.raises(ModelError, match="not numbers"):
+        draw(scores, torch.full((ROWS,), 0.5, dtype=torch.float64), Decoding(temperature=temperature))
 
 
 def test_the_noise_is_splitmix64() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from temper.errors import ModelError
 from temper.rollouts.decoding import Decoding
 
 CANDIDATES = 1024  # top-p looks among this many; rows whose mass lies wider are sorted whole
 BLOCK = 256  # tokens summed at once on the way to the inverse CDF
+BROKEN = "look at the training before: a loss that grew, lr too high; in fp16 take bf16 or float32"
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -96,16 +98,22 @@ def draw(
         logits: float32 [R, V], the model's own.
         noise: float64 [R] in [0, 1), one number a row.
         seen: see `warped`.
+
+    Raises:
+        ModelError: logits that are no numbers.
     """
     ours = warped(logits, decoding, seen)
     if decoding.temperature == 0:
-        tokens = ours.argmax(-1)
+        tokens, logps = ours.argmax(-1), None
+    else:
+        tokens, logps = _inverse_cdf(ours, noise)
+    if logps is not None and ours is logits:
+        raw = logps
+    else:
         raw = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-        return tokens, torch.zeros_like(raw), raw
-    tokens, logps = _inverse_cdf(ours, noise)
-    if ours is logits:
-        return tokens, logps, logps
-    return tokens, logps, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    if not bool(torch.isfinite(raw).all()):
+        raise ModelError("the model's logits are not numbers: nothing can be sampled", do=BROKEN)
+    return tokens, torch.zeros_like(raw) if logps is None else logps, raw
 
 
 def _inverse_cdf(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +131,7 @@ def _inverse_cdf(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tenso
     block, rest = _found(blocks, noise[:, None] * blocks[:, -1:])
     within = weights[torch.arange(rows, device=logits.device), block[:, 0]]  # [R, BLOCK]
     place, _ = _found(within.double().cumsum(-1), rest)
-    return (block * BLOCK + place)[:, 0], within.gather(-1, place)[:, 0].log()
+    return (block * BLOCK + place)[:, 0].clamp_(max=vocabulary - 1), within.gather(-1, place)[:, 0].log()
 
 
 def _found(sums: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +140,6 @@ def _found(sums: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torc
     Rounding must not carry `wanted` past the end: a place that adds nothing is never found.
     """
     wanted = torch.minimum(wanted, torch.nextafter(sums[:, -1:], torch.zeros_like(wanted)))
-    place = torch.searchsorted(sums, wanted, right=True)
+    place = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[-1] - 1)  # past the end only for nan
     before = torch.where(place > 0, sums.gather(-1, (place - 1).clamp(min=0)), 0.0)
     return place, wanted - before
