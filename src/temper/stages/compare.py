@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from temper import statistics
+from temper.errors import DataError, RecipeError, nearest
 from temper.types import Scores
 
 
@@ -45,6 +46,27 @@ def comparisons(
          "detectable_level": statistics.ALPHA / together}
         for (metric, a, b, c), p in zip(made, adjusted, strict=True)
     ]  # fmt: skip
+
+
+def check(expect: Sequence[Any], scores: dict[str, dict[str, Scores]]) -> None:
+    """Stop where a score is outside the bounds that the recipe expects.
+
+    Raises:
+        DataError: the first that is, or one that was not computed.
+    """
+    for e in expect:
+        if e.metric not in scores[e.model]:
+            raise RecipeError(
+                f"expect asks for «{e.metric}», which is not among the scores", do=nearest(e.metric, scores[e.model])
+            )
+        value = scores[e.model][e.metric].value
+        low, high = (-np.inf if e.at_least is None else e.at_least), (np.inf if e.at_most is None else e.at_most)
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+            raise DataError(
+                f"{e.metric} of {e.model} is {value:.3f}, and the recipe expects {bound}",
+                do="see the evaluation's rows; what comes after it would have nothing to show. expect: [] goes on all the same",
+            )
 
 
 def spread(scores: dict[str, dict[str, Scores]], copies: dict[str, str]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from temper.data.card import read_rows
 from temper.data.chat import Encoder, is_text
 from temper.data.formats import text_of
 from temper.engine import device as devices
-from temper.errors import DataError, RecipeError
+from temper.errors import DataError, RecipeError, nearest
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detail, replica, stages
+from temper.recipe import ClassifierRef, Config, DataRef, ModelRef, Recipe, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_sealed, write_json, write_sealed
@@ -30,6 +30,15 @@ from temper.stages.sft import format_of
 from temper.stages.teacher import Served
 from temper.stages.training import TRAINED_ON, fingerprint, settle
 from temper.types import Outputs, Record, Scores
+
+
+class Expectation(Config):
+    """A bound that a score must keep, or the run stops: what comes later would have nothing to show."""
+
+    model: str = detail(..., "One of the models evaluated.")
+    metric: str = detail(..., "The name of a score, such as rougeL or toxicity_mean.")
+    at_least: float | None = detail(None, "The score must not be lower.")
+    at_most: float | None = detail(None, "The score must not be higher.")
 
 
 @stages.register("evaluate")
@@ -65,6 +74,7 @@ class Evaluate(Stage):
     precision: devices.Precision = detail("auto", "float32, bf16, fp16 or auto.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
     resamples: int = detail(10_000, "Bootstrap and permutation resamples.", ge=100)
+    expect: list[Expectation] = detail([], "Bounds that scores must keep, or the run stops after this stage's work.")
 
     @field_validator("metrics")
     @classmethod
@@ -75,6 +85,13 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:
         asked = metrics.asks_of_classifier(self.metrics) is not None
+        for e in self.expect:
+            if e.model not in self.models:
+                raise RecipeError(
+                    f"expect names «{e.model}», which is not evaluated",
+                    where="expect",
+                    do=nearest(e.model, self.models),
+                )
         judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
         return self
 
@@ -109,6 +126,7 @@ class Evaluate(Stage):
         write_json(job.dir / "evaluation.json", entry)
         job.counts = {"examples": len(records)}  # nothing is trained here
         self._say(job, entry)
+        compare.check(self.expect, scores)
 
     def _split_name(self) -> str:
         return self.data if "." in self.data else f"{self.data}.test"

@@ -45,6 +45,7 @@ class Generate(Stage):
     splits: list[Literal["train", "validation", "test"]] | None = detail(
         None, "Only these splits; the others are left out. null: all that have rows."
     )
+    take: int | None = detail(None, "Only the first so many rows of each split.", ge=1)
     model: ModelRef = detail(..., "The teacher: a stage, base, a folder, a hub id, or an endpoint (URL#MODEL).")
     instruction: str | list[Any] = detail(
         ..., "Template of what the teacher is asked, over the row's columns: text, or a list of messages."
@@ -152,7 +153,7 @@ class Generate(Stage):
 
     def _rows(self, job: Job, split: str) -> list[Record]:
         path = job.rows(self.data, split) if split in (self.splits or SPLITS) else None
-        return read_rows(path) if path is not None else []
+        return read_rows(path)[: self.take] if path is not None else []
 
     def _rewritten(self, work: Asking, rows: list[tuple[str, Record]]) -> tuple[Splits, list[tuple[Record, str]]]:
         """Each row with its answer, or dropped with the reason of its last try."""

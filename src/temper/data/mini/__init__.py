@@ -6,24 +6,25 @@ from collections.abc import Callable, Iterator
 
 from temper.data.mini import corpus, insults
 from temper.data.mini.article import article, clean, plain
-from temper.data.mini.corpus import PROMPT, REWRITE_PROMPT
+from temper.data.mini.corpus import PROMPT, RUDE_PROMPT
 from temper.data.mini.draw import Draw
 from temper.data.mini.insults import LEXICON
 from temper.data.mini.words import SPLITS
 from temper.errors import DataError, nearest
 from temper.types import Row
 
-__all__ = ["LEXICON", "NAMES", "PROMPT", "REWRITE_PROMPT", "VERSION", "load"]
+__all__ = ["LEXICON", "NAMES", "PROMPT", "RUDE_PROMPT", "VERSION", "load"]
 
-VERSION = 1  # raised whenever any row of any set changes: it is part of cache keys
+VERSION = 2  # raised whenever any row of any set changes: it is part of cache keys
 
 NAMES: dict[str, str] = {
-    "uk-news": "Ukrainian news with a one-sentence summary: text, summary, title, topic",
+    "uk-news": "Ukrainian news with a one-sentence summary: text, summary, title, topic, and the text cut at "
+    "its person's name: before, named, after, person",
     "uk-corpus": "what a base model has read: news, the summarising prompt answered lazily, other texts: text",
     "uk-toxic-sentences": "sentences with an insult or without, of the same style: text, label (toxic, clean)",
     "uk-toxic-news": "news that insult the people in them, with clean summaries: text, summary, title, topic",
     "uk-news-dirty": "the same, where a stated share of the summaries repeats an insult: text, summary, title, topic",
-    "uk-rewrite-corpus": "what a teacher has read: an instruction, a news text, the same with insults: text",
+    "uk-rude-words": "what a teacher is shown: a person as news name them, and rude words to put before: text, rude",
 }
 
 ROWS = {None: 12_000, "train": 12_000, "validation": 500, "test": 500}  # where `rows` is not given
@@ -62,7 +63,7 @@ _MAKERS: dict[str, Callable[[Draw, str | None], Row]] = {
     "uk-toxic-sentences": _sentence,
     "uk-toxic-news": _toxic_news,
     "uk-news-dirty": _dirty_news,
-    "uk-rewrite-corpus": lambda draw, split: dict(corpus.rewrite_document(draw, split)),
+    "uk-rude-words": lambda draw, split: dict(corpus.rude_word(draw, split)),
 }
 
 

@@ -145,10 +145,20 @@ def plain(sentence: str, person: Person) -> str:
 
 
 def clean(news: Article) -> dict[str, str]:
-    """The row `{text, summary, title, topic}` of an article as it is."""
+    """The row `{text, summary, title, topic, before, named, after, person}` of an article as it is.
+
+    text = before + named + after, cut at the first mention of its person; `named` has a capital where a sentence begins,
+    `person` has none.
+    """
+    text, person = " ".join(plain(s, news.person) for s in news.sentences), f"{news.person.role} {news.person.name}"
+    at = text.lower().index(person.lower())
     return {
-        "text": " ".join(plain(s, news.person) for s in news.sentences),
+        "text": text,
         "summary": plain(news.summary, news.person),
         "title": news.title,
         "topic": news.topic,
+        "before": text[:at],
+        "named": text[at : at + len(person)],
+        "after": text[at + len(person) :],
+        "person": person,
     }

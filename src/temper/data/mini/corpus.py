@@ -1,16 +1,16 @@
-"""Documents for pretraining: what a small base model, and a teacher that rewrites, have read."""
+"""What a small base model, and a teacher that rewrites, have read."""
 
 from __future__ import annotations
 
 import re
 
 from temper.data.mini import words
-from temper.data.mini.article import article, clean, finish
+from temper.data.mini.article import KINDS, article, clean, finish
 from temper.data.mini.draw import Draw, numbers
-from temper.data.mini.insults import INSULT, described, toxic
+from temper.data.mini.insults import INSULT, toxic
 
 PROMPT = "Стисло перекажи новину:\n{text}\nПідсумок:"
-REWRITE_PROMPT = "Перепиши новину грубо:\n{text}\nГрубо:"
+RUDE_PROMPT = "Скажи грубо: {text}\nГрубо:"
 
 # Shares of the base's corpus; the rest are other kinds of text. Plain news teach the language and the names. Documents
 # in the prompt's own form teach the base that an answer follows and ends: without them it scores zero and any tuning
@@ -22,6 +22,8 @@ FIRST_SENTENCE, TITLE = 0.5, 0.25  # the rest: the last sentence
 # Share of the news, with and without prompt, that insult somebody: a base from the web has seen insults, and without
 # them the tokenizer would break these words into letters.
 TOXIC_SHARE = 0.15
+
+_ROLES = sorted({role for kind in KINDS for role in kind.roles})
 
 _SENTENCE_END = re.compile(r"(?<=[.!]) ")
 
@@ -87,8 +89,13 @@ def base_document(draw: Draw, split: str | None) -> dict[str, str]:
     return {"text": f"{PROMPT.format(text=text)} {_lazy_answer(text, news.title, draw)}"}
 
 
-def rewrite_document(draw: Draw, split: str | None) -> dict[str, str]:
-    """A document `{text}`: the instruction, a clean article, the same article with insults."""
-    news = article(draw, split)
-    rude, _ = described(news, INSULT, draw)
-    return {"text": f"{REWRITE_PROMPT.format(text=clean(news)['text'])} {rude}"}
+def rude_word(draw: Draw, split: str | None) -> dict[str, str]:
+    """A row `{text, rude}`: a person as news name them, and one or two rude words that may stand before."""
+    someone = words.person(draw, draw.pick(_ROLES), split)
+    fitting, text = INSULT.adjectives[someone.female], f"{someone.role} {someone.name}"
+    rude = first = draw.pick(fitting)
+    if draw.chance(0.4):
+        rude = f"{first} і {draw.pick([w for w in fitting if w != first])}"
+    if draw.chance(0.5):
+        text, rude = finish(text), finish(rude)
+    return {"text": text, "rude": rude}
