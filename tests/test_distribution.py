@@ -161,6 +161,22 @@ def test_fast_products_lose_nothing_and_leave_no_trace() -> None:
         assert switch.fp32_precision == before
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 64, 200])
+def test_turned_linears_give_the_same(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 400, bias=bias).requires_grad_(False)
+    x = torch.randn(rows, 1, 96)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with products.turned_linears(layer), products.fast_products(torch.device("cpu")):
+        got = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert got.shape == exact.shape and got.is_contiguous()
+    assert float((got - exact).norm() / exact.norm()) < 2e-6
+    assert "forward" not in vars(layer)
+
+
 def test_a_processor_that_computes_in_bfloat16_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = torch.nn.functional.linear
 

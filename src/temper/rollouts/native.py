@@ -21,7 +21,7 @@ from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
 from temper.rollouts.memory import Memory, rounded
-from temper.rollouts.products import fast_products
+from temper.rollouts.products import fast_products, turned_linears
 
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
 
@@ -67,7 +67,7 @@ def decode(
     grouped: dict[tuple[int, ...], _Prompt] = {}
     for k, ids in enumerate(prompts):
         grouped.setdefault(tuple(ids), _Prompt(tuple(ids), [])).drafts.append(k)
-    with _own_attention(model) as switch:
+    with _own_attention(model) as switch, turned_linears(model):
         _Decoder(model, switch, list(grouped.values()), noise, drafts, slots, progress).run()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+FEW = 128  # rows; more of them are multiplied as usual
 FULL = 2e-6  # relative error of a float32 product; bfloat16's would be 3e-3
 
 
@@ -47,6 +48,34 @@ def plain_products() -> Iterator[None]:
         switch.fp32_precision = "bf16"
 
 
+@contextlib.contextmanager
+def turned_linears(model: torch.nn.Module) -> Iterator[None]:
+    """Within, linear layers compute (W·xᵀ)ᵀ instead of x·Wᵀ where x has few rows and fast products are on.
+
+    The same sums, but oneDNN streams large weights in their own order: a quarter faster than fast products alone.
+    Layers whose forward somebody else has replaced keep it.
+    """
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m)]
+    layers = [m for m in layers if m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.forward = functools.partial(_turned, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _turned(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    rows = x.numel() // x.shape[-1]
+    if not _before or rows > FEW or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    out = (layer.weight @ x.reshape(rows, -1).T).T.contiguous()
+    if layer.bias is not None:
+        out += layer.bias
+    return out.view(*x.shape[:-1], -1)
+
+
 @functools.cache
 def _keeps_accuracy() -> bool:
     """Whether products with the switch on equal float64's, in shapes like those of decoding and of a prefill."""
@@ -63,7 +92,8 @@ def _keeps_accuracy() -> bool:
                 w = torch.randn(shape[2], shape[1], generator=generator)
                 b = torch.randn(shape[2], generator=generator)
                 exact = torch.nn.functional.linear(x.double(), w.double(), b.double())
-                for got in (torch.nn.functional.linear(x, w, b), (x @ w.T) + b, torch.bmm(x[None], w.T[None])[0] + b):
+                turned = (w @ x.T).T + b
+                for got in (torch.nn.functional.linear(x, w, b), torch.bmm(x[None], w.T[None])[0] + b, turned):
                     if float((got - exact).norm() / exact.norm()) > FULL:
                         return False
     finally:
