@@ -212,6 +212,7 @@ def test_a_users_reward_is_part_of_the_key(smoke_run: Path, tmp_path: Path) -> N
         ({"kl": {"estimator": "k1"}}, "no gradient"),
         ({"kl": {"place": "reward", "estimator": "k3"}}, "not an unbiased"),
         ({"reward": ["toxicity"]}, "asks a classifier"),
+        ({"classifier": "tiny"}, "no reward asks it"),
         ({"reward": ["tocixity"]}, "there is no reward"),
         ({"reward": [{"rouge": {"varient": "rougeL"}}]}, "no option"),
         ({"reward": [{"regex": {"pattern": "("}}]}, "not a regular expression"),

@@ -46,7 +46,7 @@ class Evaluate(Stage):
     """Scores with intervals for every model, and paired comparisons with the first and with the one before."""
 
     kind = "evaluate"
-    version = 2
+    version = 3
     reads_replicas = True
     reads_split = "test"
     asks = ("models",)

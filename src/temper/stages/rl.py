@@ -20,13 +20,13 @@ from temper.errors import DataError, RecipeError, TrainingError
 from temper.job import Job
 from temper.losses import Terms, policy_losses, with_divergence
 from temper.models import load
-from temper.models.classify import Classifier
 from temper.models.reference import Reference
 from temper.models.scores import Policy
 from temper.recipe import ClassifierRef, Config, DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.stages.experience import Experience, Plan, Prompt
+from temper.stages.judge import Judge
 from temper.stages.sft import NO_LIMIT, format_of
 from temper.stages.training import TrainingStage, announce, finish, note_trained_on, open_policy, probe, read_split
 from temper.trees import Row
@@ -122,7 +122,14 @@ class Rl(TrainingStage):
                 where=f"decoding.{changed[0]}",
                 do="leave it out; temperature may be set, for the policy is scored at the same one",
             )
-        if self.classifier is None and any(p.name == "toxicity" for p in rewards.read(self.reward)):
+        asked = any(p.name == "toxicity" for p in rewards.read(self.reward))
+        if self.classifier is not None and not asked:
+            raise RecipeError(
+                f"classifier: {self.classifier} is named, and no reward asks it",
+                where="classifier",
+                do="add toxicity to reward, or leave classifier out",
+            )
+        if self.classifier is None and asked:
             raise RecipeError(
                 "the reward «toxicity» asks a classifier", where="reward", do="classifier: STAGE or a hub id"
             )
@@ -160,9 +167,8 @@ class Rl(TrainingStage):
             sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
         job.facts["sampler"] = f"{sampler.layout}: {sampler.reason}"
         reference = Reference(policy) if self.kl.beta else None
-        experience = Experience(
-            job, policy, sampler, prompts, self._plan(job), parts, self._toxicity(job), reference, precision
-        )
+        judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
+        experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
         loop = Loop(job, policy, self._loss(precision), experience, self, precision)
         job.counts["examples"] = len(prompts)
         group = self._announce(job, loop, experience, reference)
@@ -197,15 +203,6 @@ class Rl(TrainingStage):
             seed=job.seed,
             samples=self.samples,
         )
-
-    def _toxicity(self, job: Job) -> Callable[[Any], np.ndarray] | None:
-        if self.classifier is None:
-            return None
-        device = devices.setup(job.recipe.device, job.recipe.threads)
-        judge = Classifier.open(
-            job.model(self.classifier), device=device, trust_remote_code=job.recipe.trust_remote_code
-        )
-        return functools.partial(judge.probability, label=self.toxic_label)
 
     def _loss(self, precision: str) -> Callable[..., Terms]:
         inner = _configured(policy_losses, self.algorithm, "algorithm")
