@@ -91,6 +91,8 @@ class Reader:
         elif block.language == "yaml":
             self.yaml(block)
         elif block.language == "python":
+            if name := re.match(r"# (\w+\.py)\n", block.text):  # a module of the reader's own
+                Path(name[1]).write_text(block.text, encoding="utf-8")
             exec(compile(block.text, block.where, "exec"), {"__name__": "page"})
             for run in re.findall(r'out="([^"]+)"', block.text):
                 assert (Path(run) / "report" / "index.html").is_file(), self.capsys.readouterr().out
