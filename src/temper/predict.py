@@ -14,7 +14,7 @@ import psutil
 from temper import address, hub, shapes
 from temper.data import sources
 from temper.engine import device as devices
-from temper.engine.loop import Training
+from temper.engine.loop import Validated
 from temper.errors import TemperError
 from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe
@@ -62,7 +62,7 @@ class Predictor:
         stage = self.recipe.stages[name]
         if isinstance(stage, Data):
             cost = self._data(name)
-        elif isinstance(stage, Training):
+        elif isinstance(stage, Validated):  # not rl, whose cost is that of its samples
             cost = self._training(name, stage)
         elif isinstance(stage, Evaluate):
             cost = self._evaluation(name, stage)
