@@ -433,7 +433,7 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     assert page.table("setting") == [["sft.lr", "0.001", "0.0005"]]
     assert "evaluated on different rows" in page.text
     results = json.loads((html.parent / "results.json").read_text("utf-8"))
-    assert list(results) == ["schema", "runs"] and len(results["runs"]) == 2
+    assert list(results) == ["schema", "runs", "comparisons"] and len(results["runs"]) == 2
     build([run])
     assert results["runs"][0] == json.loads((run / "report" / "results.json").read_text("utf-8"))
 

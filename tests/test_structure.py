@@ -41,7 +41,7 @@ ONLY = {
     "metrics": {"data", "errors", "registry", "types"},  # data: the insults of the mini sets
     "statistics": {"types"},
     "rollouts": {"errors", "address", "recipe", "models", "trees"},
-    "report": {"errors", "types"},  # reads run folders alone; nothing that trains calls it
+    "report": {"errors", "statistics", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
 }
 NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from temper.report import across, phrases, tables
+from temper.report import phrases, tables
 from temper.report.read import Run
 from temper.report.tables import Cell, Table
 
@@ -42,14 +43,20 @@ def of_run(run: Run) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def of_runs(runs: list[Run]) -> str:
-    """The comparison of several runs."""
-    shown = across.view(runs)
+def of_runs(shown: dict[str, Any]) -> str:
+    """The comparison of several runs, of what `across.view` gives."""
     parts = [f"# {escape(shown['title'])}", _list(shown["notices"])]
+    for one, found, tested in shown["between"]:
+        parts += [f"## {escape(one.name)}", _list([f.text for f in found] if tested.rows else one.notes)]
     for label, run in shown["named"]:
         if state := _state(run):
             parts += [f"## {escape(label)}", state]
-    for heading, found in (("Results", shown["results"]), ("Comparisons within each run", shown["comparisons"])):
+    against = [tested for *_, tested in shown["between"] if tested.rows]
+    for heading, found in (
+        ("Results", shown["results"]),
+        ("The runs against each other", against),
+        ("Comparisons within each run", shown["comparisons"]),
+    ):
         for one in found:
             parts += [f"## {heading}: {escape(one.title)}", table(one)]
     parts += ["## Cost", table(shown["cost"])]

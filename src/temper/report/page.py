@@ -18,7 +18,7 @@ from temper.report.contract import Card, Evaluation
 from temper.report.curves import figures
 from temper.report.markdown import of_run, of_runs
 from temper.report.plots import Dot, dots
-from temper.report.read import SCHEMA, Run, Stage, read_run, results_of
+from temper.report.read import Run, Stage, read_run, results_of
 from temper.report.samples import Group, choose
 
 HERE = Path(__file__).parent
@@ -40,8 +40,8 @@ def build(runs: list[Path], out: Path | None = None) -> Path:
         html, text, results = _page("page.html", _of_run(read[0])), of_run(read[0]), results_of(read[0])
     else:
         out = out or read[0].path.parent / ("report-" + "-".join(run.name for run in read))
-        html, text = _page("compare.html", across.view(read)), of_runs(read)
-        results = {"schema": SCHEMA, "runs": [results_of(run) for run in read]}
+        shown = across.view(read)
+        html, text, results = _page("compare.html", shown), of_runs(shown), across.results_of_runs(read, shown)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.md", text)
     _write(out / "results.json", json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

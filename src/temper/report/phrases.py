@@ -173,8 +173,10 @@ def findings(evaluation: Evaluation, most: int = 12) -> list[Finding]:
     if len(chosen) > most:
         chosen = [c for c in chosen if c.metric == chosen[0].metric][:most]
     out = [compared(c, evaluation) for c in chosen]
-    if left := len(evaluation.comparisons) - len(chosen):
-        out.append(Finding("", f"{left} more comparison{'s' * (left > 1)} in the table below."))
+    if left := [c for c in evaluation.comparisons if c not in chosen]:
+        clear = sum(verdict(c, None) == "different" for c in left)
+        which = f", {clear} of them significant" if clear else ""
+        out.append(Finding("", f"{len(left)} more comparison{'s' * (len(left) > 1)} in the table below{which}."))
     return out or [
         Finding("", measured(name, metric, value, evaluation.data))
         for name, metrics in evaluation.models.items()
