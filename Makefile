@@ -1,4 +1,4 @@
-# make quickstart   install, and run the smallest whole recipe: data → base → SFT → evaluation → report
+# make quickstart   install, and run the smallest whole recipe: data → base → SFT → GRPO → evaluation → report
 # make test         install, and run the tests
 # make check        the mini profiles with the statistical claims they make (minutes)
 # make lint         ruff and pyright
