@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from temper.errors import RunError
 from temper.report import build
 from temper.report.contract import Comparison, Evaluation, Measured
-from temper.report.curves import best_validation, points
+from temper.report.curves import best_validation, figures, points
 from temper.report.phrases import compared, findings, verdict
 from temper.report.plots import thin, ticks
 from temper.report.samples import choose
@@ -535,6 +536,43 @@ def test_curves_keep_what_matters() -> None:
     long[7321] = (7321.0, 9.0)
     assert len(thin(long)) <= 400 and (7321.0, 9.0) in thin(long)
     assert ticks(0.0003, 0.0011) == [0.0004, 0.0006, 0.0008, 0.001]
+    assert ticks(1, 10, about=5, whole=True) == [2, 4, 6, 8, 10] and ticks(1, 2, whole=True) == [1, 2]
+
+
+def test_curves_of_learning_from_rewards_read_from_the_reward_down() -> None:
+    """In words, the reward and its parts first; another loss's own numbers keep their name."""
+    keys = ["loss", "lr", "margin_mean", "clipped", "kl", "cut", "reward_std", "reward_rouge", "reward", "tokens"]
+    shown = figures([dict.fromkeys(keys, 0.5) | {"step": s} for s in (1, 2)])
+    assert [f.title for f in shown] == [
+        "reward", "reward: rouge", "spread of rewards in a group", "KL to the start, nats a token",
+        "cut by the length limit, share", "loss", "margin mean", "clipped tokens, share", "learning rate",
+    ]  # fmt: skip
+    tall = figures([{"step": s, "loss": s * 1.25e-7} for s in range(1, 5)])[0].svg
+    ends = [(float(x), text) for x, text in re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', tall)]
+    assert ends and all(x >= 5.5 * len(text) for x, text in ends), "a label begins left of the picture"
+
+
+def test_samples_while_training_say_their_reward(run: Path) -> None:
+    samples = [{"step": s, "prompt": "p", "completion": f"said at {s}", "reward": s / 7} for s in range(1, 10)]
+    write_lines(run / "grpo" / "samples.jsonl", samples)
+    text = Page(build([run]).read_text("utf-8")).text
+    assert "step 2, reward 0.2857" in text and "the first 2 and the last 4 of 9" in text
+    assert [s for s in range(1, 10) if f"said at {s}" in text] == [1, 2, 6, 7, 8, 9]
+
+
+def test_facts_that_are_sentences_have_lines_of_their_own(run: Path) -> None:
+    proof = "the tree pass equals the padded pass"
+    stage_file(run, "grpo", "rl", facts={"layout": "tree", "written_as": "plain", "proof": proof})
+    page = Page(build([run]).read_text("utf-8"))
+    assert page.table("stage", "fact") == [["grpo", "proof", proof]]
+    assert page.table("stage", "key")[2][2:] == ["–", "tree", "–", "plain"]
+
+
+def test_what_a_teacher_wrote_in_vain_is_counted(run: Path) -> None:
+    card = json.loads((run / "news" / "card.json").read_text("utf-8")) | {"rejected": {"too similar": 12}}
+    write_json(run / "news" / "card.json", card)
+    rows = Page(build([run]).read_text("utf-8")).table("rows", "count")
+    assert ["answers rejected, asked for again: too similar", "12"] in rows
 
 
 if __name__ == "__main__":

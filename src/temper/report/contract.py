@@ -76,6 +76,7 @@ class Card(BaseModel):
     lengths: dict[str, dict[str, dict[str, Any]]] = {}  # split → column → unit, min, median, p95, max
     leaks: dict[str, Any] = {}
     examples: list[dict[str, Any]] = []
+    rejected: dict[str, int] = {}  # of a teacher's answers, every try counted
 
 
 class Measured(BaseModel):

@@ -12,8 +12,17 @@ from temper.report.phrases import compact
 from temper.report.plots import Series, lines
 
 AXES = {"step", "tokens", "seconds", "best"}  # written on every line; not curves
-NAMES = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
-FIRST, LAST = ["reward", "loss"], ["lr", "grad_norm", "tokens_per_second"]
+NAMES = {
+    "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s",
+    "reward_std": "spread of rewards in a group", "groups_without_variance": "groups of equal rewards, share",
+    "kl": "KL to the start, nats a token", "entropy": "entropy, nats a token", "length": "completion length, tokens",
+    "cut": "cut by the length limit, share", "ratio": "ratio to the sampling policy",
+    "clipped": "clipped tokens, share", "sampling_gap": "sampling gap, nats a token",
+}  # fmt: skip
+PART = "reward_"  # of a part of the reward
+# In the order of reading; the loss and what is not named here stand between.
+FIRST = ["reward", PART, "reward_std", "groups_without_variance", "kl", "entropy", "length", "cut"]
+LAST = ["ratio", "clipped", "sampling_gap", "lr", "grad_norm", "tokens_per_second"]
 VALIDATION = "validation_"
 
 
@@ -43,11 +52,23 @@ def names(metrics: list[dict[str, Any]]) -> list[str]:
     plain = list(dict.fromkeys(key.removeprefix(VALIDATION) for key in keys if key not in AXES))
 
     def rank(name: str) -> int:
-        if name in FIRST:
-            return FIRST.index(name)
-        return 100 + LAST.index(name) if name in LAST else 50
+        known = PART if name.startswith(PART) and name not in FIRST else name
+        if known in FIRST:
+            return FIRST.index(known)
+        return 100 + LAST.index(known) if known in LAST else 50 if known == "loss" else 60
 
     return sorted(plain, key=rank)
+
+
+def titled(name: str) -> str:
+    """A curve's name in words.
+
+    >>> titled("grad_norm"), titled("reward_rouge"), titled("validation_loss")
+    ('gradient norm', 'reward: rouge', 'validation loss')
+    """
+    if name in NAMES:
+        return NAMES[name]
+    return f"reward: {name.removeprefix(PART)}" if name.startswith(PART) else name.replace("_", " ")
 
 
 def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
@@ -66,7 +87,7 @@ def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
             note = f"{note}; " * bool(note) + f"{lost} values are not finite and not drawn"
         if series:
             legend = [(s.colour, s.name) for s in series] if len(series) > 1 else []
-            title = NAMES.get(name, name)
+            title = titled(name)
             out.append(Figure(title, legend, lines(series, f"{title} over steps"), note))
     return out
 
@@ -79,7 +100,7 @@ def overlaid(runs: list[tuple[str, list[dict[str, Any]]]]) -> list[Figure]:
         key = VALIDATION + name if validated else name
         series = [Series(run, p, i, dots=validated) for i, (run, m) in enumerate(runs, 1) if (p := points(m, key))]
         if series:
-            title = NAMES.get(key, key.replace(VALIDATION, "validation "))
+            title = titled(key)
             out.append(Figure(title, [(s.colour, s.name) for s in series], lines(series, f"{title} over steps")))
     return out
 

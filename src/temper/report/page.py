@@ -66,7 +66,7 @@ def _page(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": phrases.size, "duration": phrases.duration, "moment": phrases.moment}
-    environment.filters |= {"plain": tables.plain, "count": phrases.count}
+    environment.filters |= {"plain": tables.plain, "count": phrases.count, "compact": phrases.compact}
     style = Markup((HERE / "page.css").read_text("utf-8"))
     return environment.get_template(template).render(style=style, **context)
 
@@ -117,7 +117,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         "curves": [(stage, figures(stage.metrics)) for stage in run.stages if stage.metrics or stage.samples],
         "data": [_data(stage) for stage in run.stages if stage.card],
         "cost": tables.cost_table(run),
-        "facts": tables.facts_table(run),
+        "facts": tables.facts_tables(run),
         "settings": [(stage, tables.settings_table(stage)) for stage in run.stages if stage.info],
         "failed": [stage for stage in run.stages if stage.status == "failed"],
         "pending": [stage.name for stage in run.stages if stage.status == "pending"],

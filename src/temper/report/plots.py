@@ -42,17 +42,18 @@ class Dot:
     others: list[float] = field(default_factory=list)  # values of single seeds
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that lie within [low, high].
+def ticks(low: float, high: float, about: int = 4, *, whole: bool = False) -> list[float]:
+    """Round numbers that lie within [low, high]; `whole` ones where they count something.
 
-    >>> ticks(0.0, 1.0)
-    [0.0, 0.25, 0.5, 0.75, 1.0]
+    >>> ticks(0.0, 1.0), ticks(1.0, 10.0, whole=True)
+    ([0.0, 0.25, 0.5, 0.75, 1.0], [5.0, 10.0])
     """
     if not high > low:
         return [low]
     raw = (high - low) / about
+    raw = max(raw, 1.0) if whole else raw
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -89,11 +90,14 @@ def thin(points: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tup
 
 def lines(series: list[Series], title: str) -> Markup:
     """Curves over steps. Width 290, height 176 units."""
-    left, right, top, bottom, width, height = 42, 284, 8, 150, 290, 176
+    right, top, bottom, width, height = 281, 8, 150, 290, 176
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     x_low, x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
     y_low, y_high = _room(min(ys), max(ys))
+    y_ticks = ticks(y_low, y_high) if min(ys) < max(ys) else [min(ys)]
+    y_texts = tick_labels(y_ticks)
+    left = max(42.0, 9 + 6.4 * max(len(text) for text in y_texts))  # a digit of 11 px is at most so wide
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -102,12 +106,11 @@ def lines(series: list[Series], title: str) -> Markup:
         )
 
     out = []
-    y_ticks = ticks(y_low, y_high) if min(ys) < max(ys) else [min(ys)]
-    for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True):
+    for tick, text in zip(y_ticks, y_texts, strict=True):
         _, y = place(x_low, tick)
         out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(_label(left - 5, y + 3.5, text, "end"))
-    x_ticks = ticks(x_low, x_high)
+    x_ticks = ticks(x_low, x_high, about=5, whole=True)
     for tick, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x, _ = place(tick, y_low)
         out.append(_label(min(x, right - 8), bottom + 16, text, "middle"))

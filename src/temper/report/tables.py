@@ -25,6 +25,8 @@ from temper.report.phrases import (
 )
 from temper.report.read import Run, Stage
 
+SHORT = 24  # characters of a fact that fits a column
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -248,6 +250,8 @@ def rows_table(card: Card) -> Table:
     body += [[words(f"in {split}"), Cell(count(n))] for split, n in card.splits.items()]
     if card.cut is not None:
         body.append([words("cut short, not dropped"), Cell(count(card.cut))])
+    for reason, n in card.rejected.items():
+        body.append([words(f"answers rejected, asked for again: {reason}"), Cell(count(n))])
     leaks = card.leaks
     if leaks.get("checked"):
         for kind in ("exact", "near"):
@@ -276,17 +280,21 @@ def settings_table(stage: Stage) -> Table:
     return Table([words("setting"), words("value")], [[words(k), words(v)] for k, v in flat.items()])
 
 
-def facts_table(run: Run) -> Table | None:
-    """What was really used, a column a fact, and each stage's key."""
+def facts_tables(run: Run) -> list[Table]:
+    """What was really used: a column a short fact, with each stage's key; and facts that are sentences, a line each."""
     stages = [stage for stage in run.stages if stage.info]
-    names = list(dict.fromkeys(name for stage in stages for name in (stage.info.facts if stage.info else {})))
-    head = [words("stage"), words("key"), *(words(name) for name in names)]
+    said = [(s.name, name, plain(fact)) for s in stages if s.info for name, fact in s.info.facts.items()]
+    long = {name for _, name, text in said if len(text) > SHORT}
+    names = list(dict.fromkeys(name for _, name, _ in said if name not in long))
+    head = [words("stage"), words("key"), *(words(name.replace("_", " ")) for name in names)]
     body = []
     for stage in stages:
         facts = stage.info.facts if stage.info else {}
         key = stage.info.key[:12] if stage.info else ""
         body.append([words(stage.name), words(key), *(words(plain(facts[n]) if n in facts else NONE) for n in names)])
-    return Table(head, body) if body else None
+    sentences = [[words(at), words(name.replace("_", " ")), words(text)] for at, name, text in said if name in long]
+    tables = [Table(head, body), Table([words("stage"), words("fact"), words("value")], sentences)]
+    return [table for table in tables if table.rows]
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
