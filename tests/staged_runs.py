@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +243,16 @@ def _warm() -> None:
     """Import all that a run imports on its way, by running one."""
     import temper.app
 
-    short = {"max_steps": 1, "samples": 0}
-    small = {"corpus": {"take": 30}, "news": {"take": 40}, "tiny": {"max_steps": 1}, "sft": short}
+    short, answers = {"max_steps": 1, "samples": 0}, {"take": 2, "decoding": {"max_new_tokens": 2}}
+    small = {
+        "corpus": {"take": 30}, "news": {"take": 40}, "tiny": {"max_steps": 1}, "teacher": short, "judge": {"max_steps": 1},
+        "sft": short, "before": answers, "grpo": {"max_steps": 2}, "compare": answers,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         temper.app.run_recipe(
             "detox-summarization",
             profile="smoke",
-            overrides={"threads": 1, "stages": {**small, "compare": {"take": 2, "decoding": {"max_new_tokens": 2}}}},
+            overrides={"threads": 1, "stages": small},
             out=Path(folder),
             quiet=True,
         )
@@ -271,10 +274,10 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(t).items() if k not in {"seconds", "tokens_per_second"}} for t in lines]
 
 
-def copy_stages(source: Path, target: Path, *names: str) -> Path:
-    """A run folder that holds the finished stages of another."""
+def copy_stages(source: Path, target: Path, *names: str, but: Collection[str] = ()) -> Path:
+    """A run folder that holds finished stages of another: those named, or without names all of them but a few."""
     target.mkdir(parents=True)
-    for name in names:
+    for name in names or sorted({p.parent.name for p in source.glob("*/stage.json")} - set(but)):
         shutil.copytree(source / name, target / name)
     return target
 

@@ -28,12 +28,14 @@ ROWS = {
     "stage": "data", "source": "mini:uk-toxic-sentences", "split": "train", "take": 60, "text": "{text}", "label": "{label}",
     "validation": 12, "test": 12, "near_leaks": False,
 }  # fmt: skip
-JUDGE = {"stage": "classifier", "data": "rows", "batch_size": 8, "lr": 2e-3, "evaluate_every": 3}
-TOXIC = {"metrics": ["rougeL", "toxicity", {"lexicon": {"words": "mini"}}], "classifier": "judge"}
+JUDGE = {
+    "stage": "classifier", "data": "rows", "batch_size": 8, "lr": 2e-3, "evaluate_every": 3, "max_steps": None,
+}  # fmt: skip
+TOXIC = {"data": "news", "metrics": ["rougeL", "toxicity", {"lexicon": {"words": "mini"}}], "classifier": "judge"}
 
 
 def recipe(stages: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of the smoke recipe: a classifier, and further stages."""
+    """Overrides of the smoke recipe: a classifier of rows of its own, and further stages."""
     return {"threads": 1, "stages": {"rows": ROWS, "judge": JUDGE} | stages}
 
 

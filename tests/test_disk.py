@@ -55,26 +55,31 @@ def whole_checkpoints(folder: Path) -> list[str]:
 
 
 def test_damage_to_finished_stages_is_noticed_and_made_good(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
-    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN, "sft", "compare")
+    folder = copy_stages(smoke_run, tmp_path / "run")
     cut(folder / "tiny" / "model" / "model.safetensors")
     flip(folder / "news" / "data" / "train.parquet")
+    flip(folder / "judge" / "model" / "model.safetensors", at=0.9)
+    flip(folder / "toxic_news" / "data" / "test.parquet")
     cut(folder / "sft" / "stage.json")
+    (folder / "grpo" / "adapter" / "adapter_model.safetensors").unlink()
     (folder / "compare" / "rows.parquet").unlink()
     ended = forks.run(folder, {})
     assert ended["status"] == 0, ended["traceback"]
     told = [line for line in log_of(folder).splitlines() if "warning: stage" in line]
-    for name, what in (
-        ("tiny", "model/model.safetensors has"),
-        ("news", "data/train.parquet differs"),
-        ("sft", "stage.json"),
-        ("compare", "rows.parquet is missing"),
-    ):
+    damaged = {
+        "tiny": "model/model.safetensors has",
+        "news": "data/train.parquet differs",
+        "judge": "model/model.safetensors differs",
+        "toxic_news": "data/test.parquet differs",
+        "sft": "stage.json",
+        "grpo": "adapter/adapter_model.safetensors is missing",
+        "compare": "rows.parquet is missing",
+    }
+    for name, what in damaged.items():
         assert [line for line in told if f"stage {name} " in line and what in line], (name, told)
     assert weights(folder) == weights(smoke_run)
-    manifest = read_json(folder / "manifest.json")
-    assert {s["name"]: s["cached"] for s in manifest["stages"]} == {
-        "corpus": True, "tiny": False, "news": False, "sft": False, "compare": False,
-    }  # fmt: skip
+    stages = {s["name"]: s["cached"] for s in read_json(folder / "manifest.json")["stages"]}
+    assert len(stages) == 13 and stages == {name: name not in damaged for name in stages}
 
 
 def test_one_flipped_bit_in_the_weights(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_a_damaged_mark_costs_the_work_and_is_told(
 
 def test_a_damaged_answer_is_asked_again(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """One letter of an answer: the file reads well, and its scores would be wrong."""
-    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN, "sft")
+    folder = copy_stages(smoke_run, tmp_path / "run", but=["compare"])
     assert forks.run(folder, {}, die_at="before compare.partial/evaluation.json")["status"] == -signal.SIGKILL
     kept = sorted((folder / "compare.partial" / "answers").glob("*.json"))
     found = read_json(kept[0])
@@ -140,7 +145,7 @@ def test_a_damaged_answer_is_asked_again(forks: Workshop, smoke_run: Path, tmp_p
     ended = forks.run(folder, {})
     assert ended["status"] == 0, ended["traceback"]
     told = read_json(folder / "compare" / "stage.json")["warnings"]
-    assert len([w for w in told if "that were kept are damaged" in w]) == 1 and len(kept) == 2
+    assert len([w for w in told if "that were kept are damaged" in w]) == 1 and len(kept) == 3
     assert weights(folder) == weights(smoke_run)
 
 
@@ -238,7 +243,7 @@ def test_a_disk_without_any_room(forks: Workshop, smoke_run: Path, small_disk: P
 
 
 def test_two_processes_in_one_run_folder(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
-    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN, "sft", "compare")
+    folder = copy_stages(smoke_run, tmp_path / "run")
     with RunFolder(folder).locked():
         ended = forks.run(folder, {})
     assert ended["status"] == 1

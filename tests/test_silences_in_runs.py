@@ -130,7 +130,7 @@ def test_16_the_loss_of_an_evaluation_is_that_of_the_answers_alone(smoke_run: Pa
     """transformers' own loss with the prompt's labels at −100, weighted by tokens."""
     model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(tiny_model), tf.AutoTokenizer.from_pretrained(tiny_model)
     total = tokens = 0.0
-    for row in pyarrow.parquet.read_table(smoke_run / "news" / "data" / "test.parquet").to_pylist():
+    for row in pyarrow.parquet.read_table(smoke_run / "toxic_news" / "data" / "test.parquet").to_pylist():
         prompt = tokenizer(row["prompt"])["input_ids"]
         whole = [*tokenizer(f"{row['prompt']} {row['completion']}")["input_ids"], tokenizer.eos_token_id]
         assert whole[: len(prompt)] == prompt
@@ -199,7 +199,7 @@ def test_20_comparisons_are_paired_adjusted_together_and_say_what_n_could_show(s
         running = max(running, min(1.0, (len(lines) - rank) * lines[k]["p"]))
         assert lines[k]["p_adjusted"] == pytest.approx(running)
     table = pyarrow.parquet.read_table(smoke_run / "compare" / "rows.parquet").to_pydict()
-    (loss,) = [c for c in lines if c["metric"] == "loss"]
+    (loss,) = [c for c in lines if (c["metric"], c["a"], c["b"]) == ("loss", "base", "sft")]
     pairs = np.array(table["sft|loss"]) - np.array(table["base|loss"])
     # all rows but a few move the same way: paired, that shows; the models' own intervals overlap almost wholly
     own = evaluation(smoke_run, "compare")["models"]
