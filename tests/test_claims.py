@@ -45,15 +45,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_detox_summarization(folder: Path) -> None:
-    """sft above base on rougeL with an interval that excludes zero; cached the second time; the same bits again."""
+    """sft above base on rougeL and grpo below sft on toxicity, both shown; cached the second time; the same bits again."""
     name = "detox-summarization"
     _, first = temper("run", name, "--profile", "mini", "--out", "a", cwd=folder)
     _, again = temper("run", name, "--profile", "mini", "--out", "a", cwd=folder)
     results = json.loads((folder / "a/report/results.json").read_text())
     found = {(c["metric"], c["a"], c["b"]): c for c in results["evaluations"]["compare"]["comparisons"]}
-    rouge = found["rougeL", "base", "sft"]
-    print(f"\n{name}: {first:.0f} s, cached {again:.1f} s, sft − base rougeL {rouge}")
+    rouge, toxicity = found["rougeL", "base", "sft"], found["toxicity_mean", "sft", "grpo"]
+    print(f"\n{name}: {first:.0f} s, cached {again:.1f} s")
+    print(f"sft − base rougeL {rouge}\ngrpo − sft toxicity {toxicity}")
     assert rouge["low"] > 0 and rouge["p_adjusted"] < 0.05
+    assert toxicity["high"] < 0 and toxicity["p_adjusted"] < 0.05
     assert all(stage["cached"] for stage in results["stages"].values())
     temper("run", name, "--profile", "mini", "--out", "b", cwd=folder)
     assert weights(folder / "a") == weights(folder / "b")

@@ -30,7 +30,11 @@ from temper.runfolder import write_sealed
 
 TEMPER = [str(Path(sys.executable).with_name("temper"))]  # the installed command
 SMOKE = ["detox-summarization", "--profile", "smoke"]
-NAMES = ["corpus", "tiny", "news", "sft", "compare"]
+NAMES = [  # in the order they run
+    "corpus", "tiny", "news", "clean_news", "rude_words", "teacher", "sentences", "judge", "toxic_news",
+    "sft", "before", "grpo", "compare",
+]  # fmt: skip
+AFTER_SFT = ["sft", "before", "grpo", "compare"]  # what changes with sft
 
 
 class Ended(NamedTuple):
@@ -232,7 +236,7 @@ def _no_folder(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _not_finite(folder: Path) -> tuple[list[str], list[str]]:
-    return ["sft.lr=1e30", "sft.evaluate_every=99"], ["the loss of step 2 is nan", "mini:uk-news#", "lower lr"]
+    return ["sft.lr=1e30", "sft.evaluate_every=99"], ["the loss of step 2 is nan", "mini:uk-news-dirty#", "lower lr"]
 
 
 def _not_finite_at_validation(folder: Path) -> tuple[list[str], list[str]]:
@@ -342,10 +346,11 @@ def test_plan_names_what_changed(run_folder: Path, temper: Callable[..., Ended])
     ended = temper(
         "plan", *SMOKE, "--out", run_folder, "--set", "sft.lr=1e-3", "sft.adapter.r=8", "sft.keep_checkpoints=9"
     )
-    assert states(ended.out) == {**dict.fromkeys(NAMES, "cached"), "sft": "runs", "compare": "runs"}
+    assert states(ended.out) == dict.fromkeys(NAMES, "cached") | dict.fromkeys(AFTER_SFT, "runs")
     line = next(line for line in ended.out.splitlines() if line.startswith("sft runs: "))
     assert line == "sft runs: changed: lr 0.002 → 0.001, adapter.r 16 → 8"  # keep_checkpoints changes no result
-    assert "compare runs: its input changes: sft" in ended.out
+    assert "before runs: its input changes: sft\n" in ended.out and "grpo runs: its input changes: sft\n" in ended.out
+    assert "compare runs: its input changes: sft, grpo\n" in ended.out
 
 
 def test_plan_knows_force_work_begun_and_results_set_aside(run_folder: Path, temper: Callable[..., Ended]) -> None:
@@ -387,7 +392,7 @@ def test_report_is_written_again_and_compares_runs(
 
 def test_recipes_lists_what_is_shipped(temper: Callable[..., Ended]) -> None:
     ended = temper("recipes")
-    assert re.search(r"detox-summarization +Summarise .* sft, compare +mini, smoke", ended.out)
+    assert re.search(r"detox-summarization +Summarise .* sft, before, grpo, compare +mini, smoke", ended.out)
 
 
 def test_new_copies_a_recipe_and_never_overwrites(

@@ -69,11 +69,15 @@ def test_rows_are_predicted_from_a_look_at_the_source(smoke: recipe.Recipe, smok
 
 
 def test_tokens_and_disk_are_near_what_they_were(smoke: recipe.Recipe, smoke_run: Path, tmp_path: Path) -> None:
-    for step in plan.make(smoke, tmp_path / "new", Choice()):
-        true = info(smoke_run, step.name)
-        if true["tokens"]:
+    steps = plan.make(smoke, tmp_path / "new", Choice())
+    assert {step.kind for step in steps} == {"data", "pretrain", "sft", "classifier", "generate", "rl", "evaluate"}
+    for step in steps:
+        true, told = info(smoke_run, step.name), step.kind in {"data", "pretrain", "sft", "evaluate"}
+        if true["tokens"] and (told or step.cost.tokens is not None):
             assert true["tokens"] / 2 < (step.cost.tokens or 0) < true["tokens"] * 2, step.name
-        assert step.cost.seconds is not None and step.cost.memory_bytes and step.cost.download_bytes == 0
+        if told:
+            assert step.cost.seconds is not None and step.cost.memory_bytes, step.name
+        assert step.cost.download_bytes == 0
 
 
 def test_an_earlier_result_tells_more_than_shapes(smoke: recipe.Recipe, smoke_run: Path) -> None:
