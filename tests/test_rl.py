@@ -124,6 +124,21 @@ def test_a_damaged_rollout_costs_steps_and_not_the_result(forks: Workshop, smoke
     assert lines_of(folders[0] / "grpo" / "metrics.jsonl") == lines_of(folders[1] / "grpo" / "metrics.jsonl")
 
 
+def test_a_prompt_met_twice_in_a_rollout_is_answered_anew(smoke_run: Path, tmp_path: Path) -> None:
+    """A rollout goes over the end of an epoch, whose last batch is a short one."""
+    prompts = read_json(smoke_run / "news" / "card.json")["splits"]["train"]
+    stage = run(
+        tmp_path / "run", smoke_run, batch_size=30, rollout_steps=5, iterations=1, max_steps=5, completions=2,
+        samples=200,
+    )  # fmt: skip
+    assert 90 < prompts < 120 and len(lines_of(stage / "samples.jsonl")) == prompts + 30
+    by_prompt: dict[str, list[str]] = {}
+    for line in lines_of(stage / "samples.jsonl"):
+        by_prompt.setdefault(line["prompt"], []).append(line["completion"])
+    twice = [texts for texts in by_prompt.values() if len(texts) > 1]
+    assert twice and all(len(set(texts)) == len(texts) for texts in twice)
+
+
 def test_dropout_is_off_in_samples_ratios_and_reference(smoke_run: Path, tmp_path: Path) -> None:
     """With it on, the ratio of the first update would not be 1 and the KL not 0."""
     stage = run(tmp_path / "run", smoke_run, adapter={"method": "lora", "r": 4, "dropout": 0.5}, max_steps=2)

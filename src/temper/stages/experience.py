@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,10 +116,10 @@ class Experience:
     def trial(self) -> tuple[float, list[Row]]:
         """One prompt's group as rows to time an update with, and the seconds that a prompt's rollout takes."""
         began = time.perf_counter()
-        rollout = self._sample(-1, [0])
+        rollout = self._sample(-1, [[0]])
         took = time.perf_counter() - began
         advantage = np.ones(len(rollout.done))
-        trees = self._trees(dataclasses.replace(rollout, advantage=advantage), batches=1)[0]
+        [trees] = self._trees(dataclasses.replace(rollout, advantage=advantage))
         return took, rows_of(trees, self.plan.row_tokens, self.plan.micro_tokens)
 
     # Making a rollout
@@ -134,23 +135,23 @@ class Experience:
             self._check(number, rollout)
         return rollout
 
-    def _chosen(self, number: int) -> list[int]:
-        """Indices of a rollout's prompts, batch by batch."""
+    def _chosen(self, number: int) -> list[list[int]]:
+        """Indices of a rollout's prompts, batch by batch; that at the end of an epoch may be shorter."""
         p, n = self.plan, len(self.prompts)
-        return [i for k in range(p.steps) for i in chosen(number * p.steps + k, n, p.prompts, p.seed)]
+        return [chosen(number * p.steps + k, n, p.prompts, p.seed) for k in range(p.steps)]
 
-    def _sample(self, number: int, wanted: list[int]) -> Rollout:
-        p = self.plan
+    def _sample(self, number: int, batches: list[list[int]]) -> Rollout:
+        p, wanted = self.plan, [i for batch in batches for i in batch]
         self.policy.eval()
         with self.job.progress(len(wanted) * p.completions, f"rollout {number + 1}") as bar, self._autocast():
             groups = self.sampler.sample(
                 [self.prompts[i].ids for i in wanted], p.decoding, completions=p.completions, seed=p.seed,
-                step=number + 1, numbers=wanted, progress=bar,
+                step=number + 1, numbers=self._numbers(wanted), progress=bar,
             )  # fmt: skip
         done = [c for group in groups for c in group]
         texts = [text_of(c, self.sampler.tokenizer) for c in done]
         total, each = self._rewards(wanted, done, texts)
-        rollout = Rollout(wanted, done, texts, total, each, np.zeros(len(done)), {})
+        rollout = Rollout(batches, done, texts, total, each, np.zeros(len(done)), {})
         rollout.columns = {"sampled": np.concatenate([c.logps for c in done]).astype(np.float32)}
         if self.reference is not None:
             rollout.columns["reference"] = self._score(rollout, self.reference)
@@ -164,6 +165,10 @@ class Experience:
         rollout.advantage = p.advantages(total.reshape(-1, p.completions)).reshape(-1)
         return rollout
 
+    def _numbers(self, wanted: list[int]) -> list[int]:
+        """A number of its own for each prompt's noise: one that a rollout meets twice is answered anew."""
+        return [i + len(self.prompts) * wanted[:k].count(i) for k, i in enumerate(wanted)]
+
     def _rewards(
         self, wanted: list[int], done: list[Completion], texts: list[str]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -176,7 +181,7 @@ class Experience:
 
     def _score(self, rollout: Rollout, model: Callable[[Row], torch.Tensor]) -> np.ndarray:
         """Log-probabilities of all scored tokens by the trainer's own pass [S], dropout off."""
-        trees = self._trees(dataclasses.replace(rollout, columns={}), batches=1, every=True)[0]
+        trees = [t for batch in self._trees(dataclasses.replace(rollout, columns={}), every=True) for t in batch]
         place = {id(t): k for k, t in enumerate(trees)}
         out: list[np.ndarray] = [np.zeros(0)] * len(trees)
         self.policy.eval()
@@ -193,14 +198,14 @@ class Experience:
 
     # Rollout → trees
 
-    def _trees(self, rollout: Rollout, *, batches: int | None = None, every: bool = False) -> list[list[Tree]]:
+    def _trees(self, rollout: Rollout, *, every: bool = False) -> list[list[Tree]]:
         """One tree a prompt, in the batches that the optimiser steps take. `every`: masked completions score too."""
         k = self.plan.completions
         counted = [every or self._counts(rollout, n) for n in range(len(rollout.done))]
-        size = len(rollout.prompts) if batches == 1 else self.plan.prompts
-        for low in range(0, len(counted), size * k):
-            if not any(counted[low : low + size * k]):  # a step needs something: advantages of 0, so only a KL acts
-                counted[low : low + size * k] = [True] * len(counted[low : low + size * k])
+        edges = np.cumsum([0, *(len(batch) for batch in rollout.batches)])
+        for low, high in itertools.pairwise((edges * k).tolist()):
+            if not any(counted[low:high]):  # a step needs something: advantages of 0, so only a KL acts
+                counted[low:high] = [True] * (high - low)
         advantage = np.where([self._counts(rollout, n) for n in range(len(counted))], rollout.advantage, 0.0)
         ends = np.cumsum([len(scored(c)) for c in rollout.done])
         trees = []
@@ -217,7 +222,7 @@ class Experience:
             prompt = self.prompts[index]
             tree = flatten(Node(prompt.ids, None, tuple(nodes)), prompt.record.where)
             trees.append(dataclasses.replace(tree, extra={name: np.concatenate(v) for name, v in extra.items()}))
-        return [trees[i : i + size] for i in range(0, len(trees), size)]
+        return [trees[low:high] for low, high in itertools.pairwise(edges.tolist())]
 
     def _counts(self, rollout: Rollout, n: int) -> bool:
         return not (np.isnan(rollout.total[n]) or (self.plan.mask_cut and not rollout.done[n].ended))

@@ -21,13 +21,18 @@ from temper.rollouts.decoding import Completion
 class Rollout:
     """One rollout, flat: arrays of N completions, or of all their scored tokens one after another."""
 
-    prompts: list[int]  # [P] which prompts
+    batches: list[list[int]]  # which prompts each of its optimiser steps takes; P in all
     done: list[Completion]  # [N]
     texts: list[str]  # [N]
     total: np.ndarray  # [N] reward, nan: none
     each: dict[str, np.ndarray]  # [N] by name, unweighted
     advantage: np.ndarray  # [N]
     columns: dict[str, np.ndarray]  # [S] by name: sampled, and where they are needed old and reference
+
+    @property
+    def prompts(self) -> list[int]:
+        """Which prompts, one after another [P]."""
+        return [i for batch in self.batches for i in batch]
 
 
 def text_of(completion: Completion, tokenizer: Any) -> str:
@@ -71,7 +76,7 @@ def packed(r: Rollout) -> bytes:
     return hashlib.sha256(raw).digest() + raw
 
 
-def unpacked(raw: bytes, prompts: list[int]) -> Rollout | None:
+def unpacked(raw: bytes, batches: list[list[int]]) -> Rollout | None:
     """What `packed` wrote; None if its checksum does not hold."""
     if hashlib.sha256(raw[32:]).digest() != raw[:32]:
         return None
@@ -84,4 +89,4 @@ def unpacked(raw: bytes, prompts: list[int]) -> Rollout | None:
     texts = bytes(a["texts"]).decode().split("\0")
     each = {n.removeprefix("each."): v for n, v in a.items() if n.startswith("each.")}
     columns = {n.removeprefix("columns."): v for n, v in a.items() if n.startswith("columns.")}
-    return Rollout(prompts, done, texts, a["total"], each, a["advantage"], columns)
+    return Rollout(batches, done, texts, a["total"], each, a["advantage"], columns)
