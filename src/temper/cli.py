@@ -233,10 +233,10 @@ def new(
 
 @app.command()
 def explain(
-    field: Annotated[str, typer.Argument(metavar="FIELD", help="Such as lr, sft.lr, shape.hidden, data.drop, seed.")],
+    field: Annotated[str, typer.Argument(metavar="FIELD", help="Such as lr, sft.lr, data.drop, seed, or rouge, grpo.")],
     debug: Debug = False,
 ) -> None:
-    """Say what a field of a recipe means."""
+    """Say what a field of a recipe means, or a metric, a reward, an algorithm."""
     import temper.stages  # noqa: F401  fills the registry
     from temper.fields import explain as explained
 

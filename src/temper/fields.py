@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,26 +16,38 @@ from pydantic.json_schema import models_json_schema
 from temper import wording
 from temper.errors import RecipeError, nearest
 from temper.recipe import Top, stages
+from temper.registry import Registry
+
+CONFIGURED = {"metric", "reward", "algorithm", "advantage"}  # what takes options: {NAME: {option: value}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One field of a recipe. `path` begins with the stage's kind; top-level keys have a path of one."""
+    """One field of a recipe. `path` begins with the stage's kind; top-level keys have a path of one.
+
+    `preset`: what the field is where the mapping around it is left out (decoding is not greedy in every stage).
+    """
 
     path: tuple[str, ...]
     info: FieldInfo
+    preset: pydantic.BaseModel | None = None
 
     @property
     def type(self) -> str:
         return wording.bounded(self.info.annotation, self.info.metadata)
 
     @property
-    def default(self) -> str:
+    def value(self) -> Any:
+        """The default."""
         return (
-            "required"
-            if self.info.is_required()
-            else f"default {_written(self.info.get_default(call_default_factory=True))}"
+            self.info.get_default(call_default_factory=True)
+            if self.preset is None
+            else getattr(self.preset, self.path[-1])
         )
+
+    @property
+    def default(self) -> str:
+        return "required" if self.info.is_required() else f"default {_written(self.value)}"
 
 
 def entries() -> list[Entry]:
@@ -45,15 +58,19 @@ def entries() -> list[Entry]:
     return found
 
 
-def _below(model: type[pydantic.BaseModel], path: tuple[str, ...]) -> Iterator[Entry]:
+def _below(
+    model: type[pydantic.BaseModel], path: tuple[str, ...], preset: pydantic.BaseModel | None = None
+) -> Iterator[Entry]:
     for name, info in model.model_fields.items():
-        yield Entry((*path, name), info)
+        entry = Entry((*path, name), info, preset)
+        yield entry
         for part in wording.models_within(info.annotation):
-            yield from _below(part, (*path, name))
+            inner = None if info.is_required() else entry.value
+            yield from _below(part, (*path, name), inner if isinstance(inner, part) else None)
 
 
 def explain(name: str) -> str:
-    """What a field means: `lr`, `sft.lr`, `shape.hidden`, `seed`; or a kind of stage.
+    """What a field means: `lr`, `sft.lr`, `shape.hidden`, `seed`; or a kind of stage; or a metric, a reward, an algorithm.
 
     Raises:
         RecipeError: there is no such field; offers the nearest.
@@ -64,14 +81,16 @@ def explain(name: str) -> str:
     every = entries()
     found = [e for e in every if len(wanted) > 1 and e.path == wanted]
     found = found or [e for e in every if e.path[-len(wanted) :] == wanted]
-    if not found:
+    named = _named(name) if len(wanted) == 1 else []
+    if not found and not named:
         known = {".".join(e.path[k:]) for e in every for k in range(len(e.path))}
         raise RecipeError(f"no field of a recipe is called «{name}»", do=_near(name, known, every))
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for e in found:
         field = ".".join(e.path[1:] or e.path)
         groups.setdefault((field, e.type, e.info.description or ""), []).append(e)
-    return "\n\n".join(_group(field, type_, text, members) for (field, type_, text), members in groups.items())
+    explained = [_group(field, type_, text, members) for (field, type_, text), members in groups.items()]
+    return "\n\n".join(explained + named)
 
 
 def _near(name: str, known: set[str], every: list[Entry]) -> str:
@@ -93,23 +112,63 @@ def _group(field: str, type_: str, text: str, members: list[Entry]) -> str:
             by_default.setdefault(e.default, []).append(e.path[0])
         for default, kinds in by_default.items():
             lines.append(f"  in {', '.join(kinds)}: {default}")
-    parts = [n for m in wording.models_within(members[0].info.annotation) for n in m.model_fields]
-    return "\n".join(lines + ([f"  its keys: {', '.join(parts)}"] if parts else []))
+    inside = [e for m in wording.models_within(members[0].info.annotation) for e in _inside(m, members[0])]
+    lines += ["  its keys:"] * bool(inside)
+    lines += [f"    {e.path[-1]} ({e.type}; {e.default}): {e.info.description or ''}" for e in inside]
+    return "\n".join(lines)
+
+
+def _inside(model: type[pydantic.BaseModel], around: Entry) -> list[Entry]:
+    """The fields of a mapping, one level down."""
+    return [e for e in _below(model, around.path, _instance(around, model)) if len(e.path) == len(around.path) + 1]
+
+
+def _instance(entry: Entry, model: type[pydantic.BaseModel]) -> pydantic.BaseModel | None:
+    value = None if entry.info.is_required() else entry.value
+    return value if isinstance(value, model) else None
 
 
 def _stage(kind: str) -> str:
     model = stages.get(kind)
     lines = [f"{kind}: {_first_line(model)}"]
-    for name, info in model.model_fields.items():
+    own = {name: place for place, name in enumerate(inspect.get_annotations(model))}
+
+    def rank(field: tuple[str, FieldInfo]) -> tuple[bool, int]:
+        """What must be given first, then what only this stage has, then what it shares with others."""
+        return not field[1].is_required(), own.get(field[0], len(own))
+
+    for name, info in sorted(model.model_fields.items(), key=rank):
         e = Entry((kind, name), info)
         lines.append(f"  {name} ({e.type}; {e.default})\n    {info.description or ''}")
     return "\n".join(lines)
 
 
+def _named(name: str) -> list[str]:
+    """What each metric, reward, algorithm or the like of this name is, with its options."""
+    return [_thing(table, name) for table in _tables().values() if name in table]
+
+
+def _thing(table: Registry[Any], name: str) -> str:
+    lines = [f"{name}, {table.kind}: {_first_line(table.get(name))}"]
+    for option, (type_, default) in table.options(name).items() if table.kind in CONFIGURED else ():
+        given = "required" if default is inspect.Parameter.empty else f"default {_written(default)}"
+        lines.append(f"  {option} ({wording.type_name(type_)}; {given}){_of_option(table.get(name), option)}")
+    return "\n".join(lines)
+
+
+def _of_option(thing: Any, option: str) -> str:
+    """What the docstring says of one argument, on one line."""
+    text = inspect.getdoc(thing) or ""
+    found = re.search(rf"(?ms)^    {option}: (.*?)(?=^    \w|^\S|^\s*$|\Z)", text)
+    return f": {' '.join(found[1].split())}" if found else ""
+
+
 def _written(value: Any) -> str:
-    """A default as it would stand in a recipe."""
+    """A default as it would stand in a recipe; of a mapping what differs from that mapping's own defaults."""
     if isinstance(value, pydantic.BaseModel):
-        return "{}"
+        own = {name: info.get_default(call_default_factory=True) for name, info in type(value).model_fields.items()}
+        given = {name: getattr(value, name) for name in own if getattr(value, name) != own[name]}
+        return f"{{{', '.join(f'{name}: {_written(v)}' for name, v in given.items())}}}"
     return value if isinstance(value, str) and value.strip() else json.dumps(value, ensure_ascii=False)
 
 
@@ -117,22 +176,33 @@ def _first_line(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
-def catalogue() -> dict[str, dict[str, str]]:
-    """Kind → name → one line, of everything that a recipe can name."""
+def _tables() -> dict[str, Registry[Any]]:
+    """All registries, by what `temper list` calls them."""
     import temper.stages  # noqa: F401  fills the registries
     from temper import metrics
-    from temper.data import mini
+    from temper.advantages import advantages
     from temper.engine import optim
-    from temper.losses import token_losses
+    from temper.losses import policy_losses, token_losses
+    from temper.rewards import rewards
 
     return {
-        "stages": {name: _first_line(stages.get(name)) for name in stages},
-        "losses": {name: _first_line(token_losses.get(name)) for name in token_losses},
-        "metrics": metrics.describe(),
-        "optimizers": {name: _first_line(optim.optimizers.get(name)) for name in optim.optimizers},
-        "schedules": {name: _first_line(optim.schedules.get(name)) for name in optim.schedules},
-        "data": {f"mini:{name}": text for name, text in mini.NAMES.items()},
+        "stages": stages,
+        "metrics": metrics.registry,
+        "rewards": rewards,
+        "algorithms": policy_losses,
+        "advantages": advantages,
+        "losses": token_losses,
+        "optimizers": optim.optimizers,
+        "schedules": optim.schedules,
     }
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Kind → name → one line, of everything that a recipe can name."""
+    from temper.data import mini
+
+    listed = {kind: {name: _first_line(table.get(name)) for name in table} for kind, table in _tables().items()}
+    return listed | {"data": {f"mini:{name}": text for name, text in mini.NAMES.items()}}
 
 
 def schema() -> dict[str, Any]:
