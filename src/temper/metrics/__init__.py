@@ -27,6 +27,7 @@ __all__ = [
     "asks_of_classifier",
     "compute",
     "describe",
+    "names",
     "needs_likelihood",
     "needs_text",
     "read",
@@ -82,6 +83,11 @@ def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     raise RecipeError(
         f"{entry!r} is not a metric", where=where, do="write a name, or a name with its options: {rouge: {stem: true}}"
     )
+
+
+def names(spec: Spec) -> list[str]:
+    """Names of the scores that a recipe's list gives, those included that not all outputs allow."""
+    return [name for request in read(spec) for name in (*request.gives, *declared[request.name].also)]
 
 
 def needs_likelihood(spec: Spec) -> bool:

@@ -62,7 +62,7 @@ def check(expect: Sequence[Any], scores: dict[str, dict[str, Scores]]) -> None:
         value = scores[e.model][e.metric].value
         low, high = (-np.inf if e.at_least is None else e.at_least), (np.inf if e.at_most is None else e.at_most)
         if not low <= value <= high:
-            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+            bound = f"at least {low:g}" if low > -np.inf and not value >= low else f"at most {high:g}"
             raise DataError(
                 f"{e.metric} of {e.model} is {value:.3f}, and the recipe expects {bound}",
                 do="see the evaluation's rows; what comes after it would have nothing to show. expect: [] goes on all the same",

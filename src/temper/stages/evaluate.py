@@ -40,6 +40,14 @@ class Expectation(Config):
     at_least: float | None = detail(None, "The score must not be lower.")
     at_most: float | None = detail(None, "The score must not be higher.")
 
+    @model_validator(mode="after")
+    def _bounds(self) -> Expectation:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("neither at_least nor at_most is given: nothing is expected")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least:g} is above at_most {self.at_most:g}")
+        return self
+
 
 @stages.register("evaluate")
 class Evaluate(Stage):
@@ -86,12 +94,14 @@ class Evaluate(Stage):
     def _fits(self) -> Evaluate:
         asked = metrics.asks_of_classifier(self.metrics) is not None
         for e in self.expect:
-            if e.model not in self.models:
-                raise RecipeError(
-                    f"expect names «{e.model}», which is not evaluated",
-                    where="expect",
-                    do=nearest(e.model, self.models),
-                )
+            for what, name, known in (
+                ("model", e.model, self.models),
+                ("metric", e.metric, metrics.names(self.metrics)),
+            ):
+                if name not in known:
+                    raise ValueError(
+                        f"expect names the {what} «{name}», which is not evaluated; {nearest(name, known)}"
+                    )
         judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
         return self
 
