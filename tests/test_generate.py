@@ -91,6 +91,24 @@ def test_only_the_splits_that_were_chosen(tmp_path: Path) -> None:
     assert len(rows(out, "test")) == 3 and not (out / "toxic" / "data" / "train.parquet").exists()
 
 
+def test_only_the_first_rows_of_each_split(tmp_path: Path) -> None:
+    """`take` counts in each split; the teacher is asked of no other row, and a split that has fewer keeps all it has."""
+    with serving(insult) as served:
+        file = write(tmp_path, served.url, data={"validation": 2, "test": 4}, take=3, keep=["text"])
+        out = temper.run(file, out=tmp_path / "run", quiet=True)
+        asked = [article(a) for a in served.requests]
+    taken = []
+    for split, n in (("train", 3), ("validation", 2), ("test", 3)):
+        before = read_rows(out / "news" / "data" / f"{split}.parquet")
+        after = read_rows(out / "toxic" / "data" / f"{split}.parquet")
+        assert len(before) > n or split == "validation"
+        assert [r.where for r in after] == [r.where for r in before[:n]]
+        taken += [r.row["text"] for r in before[:n]]
+    assert sorted(asked) == sorted(taken)
+    card = read_json(out / "toxic" / "card.json")
+    assert (card["rows_in"], card["rows_out"], card["splits"]) == (8, 8, {"train": 3, "validation": 2, "test": 3})
+
+
 def test_the_plain_form_is_completed_and_messages_are_chatted(tmp_path: Path) -> None:
     seen: list[Asked] = []
 
