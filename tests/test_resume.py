@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, w
 from temper.engine.loop import append, forget_after
 from temper.runfolder import progress, read_json
 
+LOOP = re.compile(r".*(/\.?(best|step)-|step \d in|clock.json)")  # moments of training that test_sft_… meets
 SFT = {
     "adapter": {"dropout": 0.1}, "batch_size": 4, "accumulation": 2, "precision": "bf16", "warmup": 0,
     "schedule": "constant", "max_steps": 8, "evaluate_every": 2, "checkpoint_every": 2, "patience": 1, "samples": 0,
@@ -77,7 +79,7 @@ def started(smoke_run: Path, tmp_path: Path, *stages: str) -> Callable[[str], Pa
 def test_sft_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """Dropout, accumulation, bf16, the best weights kept, early stopping; an older result to be set aside."""
     start = started(smoke_run, tmp_path, "corpus", "tiny", "news", "sft")
-    for lr in (0.2, 0.1, 1.0, 0.3, 0.25, 0.15, 0.05, 0.03, 0.025, 0.02, 0.01):
+    for lr in (0.4, 0.45, 0.35, 0.14, 0.2, 0.1, 1.0, 0.3, 0.25, 0.15, 0.05, 0.03, 0.01):
         how: dict[str, Any] = {"overrides": {"stages": {"sft": {**SFT, "lr": lr}}}, "only": ["sft"]}
         unkilled = start(f"unkilled-{lr}")
         moments = reference(forks, unkilled, **how)
@@ -97,39 +99,57 @@ def test_pretraining_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_
     how: dict[str, Any] = {"overrides": {"stages": {"tiny": tiny}}, "only": ["tiny"]}
     start = started(smoke_run, tmp_path, "corpus")
     unkilled = start("unkilled")
-    loop = re.compile(r".*(/\.?(best|step)-|step \d in)")  # sft has these too
-    moments = [m for m in reference(forks, unkilled, **how) if not loop.match(m)]
+    moments = [m for m in reference(forks, unkilled, **how) if not LOOP.match(m)]
     assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 5
 
 
-def test_data_and_evaluation_die_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+def test_data_classifier_teacher_and_evaluation_die_at_every_moment(
+    forks: Workshop, smoke_run: Path, tmp_path: Path
+) -> None:
     how: dict[str, Any] = {"overrides": {}}
-    start = started(smoke_run, tmp_path, "corpus", "tiny", "sft")
+    anew = ("news", "judge", "toxic_news", "compare")  # one stage of each of these kinds
+
+    def start(name: str) -> Path:
+        return copy_stages(smoke_run, tmp_path / name, but=anew)
+
     unkilled = start("unkilled")
-    moments = reference(forks, unkilled, **how)
-    assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 10
+    moments = [m for m in reference(forks, unkilled, **how) if not LOOP.match(m)]
+    assert all(any(m.endswith(f"before {name}") for m in moments) for name in anew)
+    assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 30
 
 
 def test_killed_from_outside_at_random_moments(forks: Workshop, tmp_path: Path) -> None:
-    """From nothing to the evaluation, with `kill -9` every so often; as in life, nobody knows where it falls."""
-    sft = {"checkpoint_every": 2, "precision": "bf16", "evaluate_every": 4, "samples": 1}
-    overrides = {"stages": {"tiny": {"checkpoint_every": 2}, "sft": sft}}
+    """From nothing to the last evaluation, again and again until twenty `kill -9` fell, and some of them amid rl.
+
+    As in life, nobody knows where they fall. Between two of its moments rl is at a rollout or an update.
+    """
+    often = {"checkpoint_every": 2, "precision": "bf16"}
+    stages = {
+        "tiny": {"checkpoint_every": 2},
+        "sft": {**often, "evaluate_every": 4, "samples": 1},
+        "grpo": {**often, "max_steps": 24},
+    }
+    how: dict[str, Any] = {"overrides": {"stages": stages}}
     began = time.monotonic()
-    assert forks.run(tmp_path / "unkilled", overrides)["status"] == 0
+    assert forks.run(tmp_path / "unkilled", **how)["status"] == 0
     took = time.monotonic() - began
-    draw, folder, kills = random.Random(1), tmp_path / "run", 0
+    draw, folder, fell, ends = random.Random(1), tmp_path / "run", Counter[str](), 0
     folder.mkdir()
-    for _ in range(10):
-        ended = forks.run(folder, overrides, die_after=draw.uniform(0.1, 0.4) * took)
+    for start in range(60):
+        enough = fell.total() >= 20 and fell["grpo.partial"] >= 3
+        ended = forks.run(folder, die_after=None if enough else draw.uniform(0.05, 0.25) * took, **how)
         whole_stages(folder)
-        if ended["status"] == 0:
+        if ended["status"] == -signal.SIGKILL:
+            fell.update([p.name for p in folder.glob("*.partial")] or ["between stages"])
+            continue
+        assert ended["status"] == 0, ended["traceback"]
+        same(folder, tmp_path / "unkilled")
+        ends += 1
+        if enough:
             break
-        assert ended["status"] == -signal.SIGKILL, ended["traceback"]
-        kills += 1
-    else:
-        assert forks.run(folder, overrides)["status"] == 0
-    assert kills >= 2
-    same(folder, tmp_path / "unkilled")
+        folder = tmp_path / f"run-{start}"
+    print(f"killed in {dict(fell)}; {ends} runs came to their end")
+    assert ends and fell.total() >= 20 and fell["grpo.partial"] >= 3, fell
 
 
 def test_answers_with_line_separators_outlive_a_resumption(tmp_path: Path) -> None:
