@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from temper.errors import DataError
 from temper.hub import Source, bytes_to_fetch
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
-from temper.runfolder import RunFolder
+from temper.runfolder import RunFolder, write_json
 from temper.stages.pretrain import Pretrain, Shape, fresh
 
 
@@ -151,3 +152,70 @@ def test_totals_are_unknown_where_a_part_is() -> None:
     more = dataclasses.replace(known, cost=Cost(seconds=3.0, memory_bytes=4.0, download_bytes=None, disk_bytes=1.0))
     total = plan.total([known, more, step("cached")])
     assert (total.seconds, total.memory_bytes, total.download_bytes, total.disk_bytes) == (5.0, 5.0, None, 2.0)
+
+
+SAMPLED = """\
+name: r
+model: ./somewhere
+threads: 1
+stages:
+  qa: {stage: data, source: "mini:uk-news", prompt: "{text}", completion: "{summary}", take: 60, validation: 10, test: 10}
+  new: {stage: generate, data: qa, model: base, instruction: "{prompt}", into: completion, WHICH}
+  tuned: {stage: sft, data: new}
+  grpo: {stage: rl, data: qa, reward: [rouge], completions: 4, batch_size: 5, max_steps: 6, decoding: {max_new_tokens: 8, temperature: 1.0}}
+"""
+
+
+def sampled(folder: Path, which: str = "take: 7", sets: Sequence[str] = ()) -> recipe.Recipe:
+    file = folder / "r.yaml"
+    file.write_text(SAMPLED.replace("WHICH", which))
+    return recipe.load(file, sets=list(sets))
+
+
+@pytest.mark.parametrize(
+    ("which", "splits"),
+    [
+        ("take: 7", {"train": 7.0, "validation": 7.0, "test": 7.0}),
+        ("splits: [train]", {"train": 40.0}),
+        ("grow: 90, example: '{prompt}', instruction: '{examples}'", {"train": 90.0}),
+    ],
+)
+def test_rows_that_a_teacher_will_write(tmp_path: Path, which: str, splits: dict[str, float]) -> None:
+    text = SAMPLED.replace('instruction: "{prompt}", ', "") if "grow" in which else SAMPLED
+    file = tmp_path / "r.yaml"
+    file.write_text(text.replace("WHICH", which))
+    rows = Predictor(recipe.load(file), RunFolder(Path("nowhere"))).rows("new")
+    assert rows is not None and rows.splits == splits
+
+
+def test_what_samples_is_predicted_from_itself_alone(tmp_path: Path) -> None:
+    """Before it ran nothing is said; afterwards by how much it samples: steps, prompts, completions and their length."""
+    nothing = Predictor(sampled(tmp_path), RunFolder(tmp_path / "run")).cost("grpo")
+    assert nothing.seconds is None and nothing.tokens is None and "ran once" in nothing.basis
+    config = sampled(tmp_path).stages["grpo"].model_dump(mode="json")
+    ran = {"schema": 1, "name": "grpo", "kind": "rl", "config": config, "seconds": 10.0, "tokens": 1000, "steps": 6,
+           "examples": 40, "peak_memory_bytes": 5, "bytes_on_disk": 7, "parameters": 1}  # fmt: skip
+    for name, seconds in (("another", 99.0), ("grpo", 10.0)):  # of one kind; the first name says nothing of the second
+        (tmp_path / "run" / name).mkdir(parents=True)
+        write_json(tmp_path / "run" / name / "stage.json", ran | {"name": name, "seconds": seconds})
+    for sets, factor in [
+        ([], 1),
+        (["grpo.max_steps=12"], 2),
+        (["grpo.completions=8", "grpo.batch_size=10"], 4),
+        (["grpo.max_steps=null", "grpo.epochs=3"], 40 * 3 / 5 / 6),
+        (["grpo.decoding.max_new_tokens=16"], 2),
+    ]:
+        cost = Predictor(sampled(tmp_path, sets=sets), RunFolder(tmp_path / "run")).cost("grpo")
+        assert cost.seconds == pytest.approx(10 * factor) and cost.tokens == pytest.approx(1000 * factor)
+    other = Predictor(sampled(tmp_path, sets=["grpo.model=./larger"]), RunFolder(tmp_path / "run")).cost("grpo")
+    assert other.seconds is None
+
+
+def test_answers_to_one_prompt_are_counted(smoke: recipe.Recipe, smoke_run: Path) -> None:
+    """Four answers to each prompt take about four times as long to decode."""
+    stage = smoke.stages["compare"]
+    once, four = (
+        Predictor(dataclasses.replace(smoke, stages=smoke.stages | {"compare": stage.model_copy(update={"samples": k})}),
+                  RunFolder(smoke_run)).cost("compare") for k in (1, 4)
+    )  # fmt: skip
+    assert once.seconds and four.seconds == pytest.approx(4 * once.seconds)

@@ -95,7 +95,7 @@ def explain(name: str) -> str:
 
 def _near(name: str, known: set[str], every: list[Entry]) -> str:
     """The nearest field; all there are would fill the screen."""
-    offer = nearest(name, known)
+    offer = nearest(name, known | {n for table in _tables().values() for n in table})
     if offer.startswith("did"):
         return offer
     offer = nearest(name.rsplit(".", 1)[-1], {e.path[-1] for e in every})

@@ -20,11 +20,13 @@ from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe
 from temper.runfolder import Result, RunFolder, read_json
 from temper.shapes import Rows, Size
+from temper.stages.classifier import TrainClassifier
 from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate
 from temper.stages.generate import Generate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
+from temper.stages.rl import Rl
 
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
 EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
@@ -69,7 +71,7 @@ class Predictor:
         elif isinstance(stage, Merge):
             cost = self._merge(stage)
         else:
-            cost = self._as_before(name)
+            cost = self._as_before(name, stage)
         return dataclasses.replace(cost, download_bytes=self._download(name))
 
     def rows(self, ref: str) -> Rows | None:
@@ -81,7 +83,7 @@ class Predictor:
             if name in self.known:
                 self._rows[name] = shapes.rows_of_card(self.known[name], self._counter(name))
             elif isinstance(stage, Generate):
-                self._rows[name] = self.rows(stage.data)  # so many rows at most, of about that length
+                self._rows[name] = _written(stage, self.rows(stage.data))
             elif isinstance(stage, Data):
                 try:
                     self._rows[name] = shapes.rows_of_source(stage, self.recipe, self._counter(name))
@@ -176,13 +178,19 @@ class Predictor:
             precision = devices.precision(stage.precision, self.device)
             rate = shapes.matrix_rate(self.device, precision, stage.micro_tokens, size.hidden)
             flops = shapes.training_flops(
-                size, scored=1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens, adapter=bool(adapter),
+                size, scored=self._scored(stage, rows), adapter=bool(adapter),
                 head_trained=adapter is None, width=max(stage.row_tokens, rows.tokens),
                 recompute=stage.activation_checkpointing,
             )  # fmt: skip
             seconds = LOAD_SECONDS + tokens * flops / (EFFICIENCY * rate)
             basis = f"{rate / 1e9:,.0f} GFLOP/s measured here in {precision}"
         return Cost(tokens, seconds, memory, None, saved + kept, f"{basis}; {rows.basis}")
+
+    def _scored(self, stage: Any, rows: Rows) -> float:
+        """The share of tokens that go through the projection to the vocabulary, which a classifier does not have."""
+        if isinstance(stage, TrainClassifier):
+            return 0.0
+        return 1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens
 
     def _row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
         """Tokens of a row: counted where the stage ran on the same rows before, else estimated."""
@@ -197,14 +205,15 @@ class Predictor:
         if rows is None:
             return Cost(basis="nothing: its data are not known")
         n = min(rows.splits.get(stage.data.partition(".")[2] or "test", 0.0), stage.take or float("inf"))
-        new = n * stage.decoding.max_new_tokens
+        new = n * stage.decoding.max_new_tokens * stage.samples
         tokens = len(stage.models) * (n * rows.tokens + new)
         sizes = [s for m in stage.models if (s := self.size(m)) is not None]
         memory = self.floor + 1.5 * max(4 * s.parameters for s in sizes) if sizes else None
-        disk = n * (4 * rows.tokens + 2 * stage.decoding.max_new_tokens * len(stage.models))
+        disk = n * (4 * rows.tokens + 2 * stage.decoding.max_new_tokens * len(stage.models))  # the first answer is kept
         if before is not None and before["examples"]:
             config = before["config"]
             work = before["examples"] * len(config["models"]) * config["decoding"]["max_new_tokens"]
+            work *= config.get("samples", 1)
             seconds = before["seconds"] * len(stage.models) * new / work
             return Cost(tokens, seconds, memory, None, disk, f"an earlier result; {rows.basis}")
         if len(sizes) < len(stage.models):
@@ -225,12 +234,35 @@ class Predictor:
         saved = 4 * size.parameters
         return Cost(None, LOAD_SECONDS + saved / 100e6, self.floor + 2.5 * saved, None, saved, "the model's size")
 
-    def _as_before(self, name: str) -> Cost:
-        info = self.before(name)
-        if info is None:
-            return Cost()
-        disk = info["bytes_on_disk"]
-        return Cost(info["tokens"], info["seconds"], info["peak_memory_bytes"], None, disk, "an earlier result")
+    def _as_before(self, name: str, stage: Any) -> Cost:
+        """What samples (rl, generate): from an earlier result of the same stage with the same model, by how much is asked."""
+        info = next((i for i in self.earlier if i["name"] == name and i["kind"] == stage.kind and i["seconds"]), None)
+        if info is None or info["config"]["model"] != getattr(stage, "model", None):
+            return Cost(basis="nothing: how long its samples get is not known before it ran once")
+        more, disk = self._ratio(name, stage, info), info["bytes_on_disk"]
+        if more is None:
+            return Cost(
+                memory_bytes=info["peak_memory_bytes"], disk_bytes=disk, basis="an earlier result of another size"
+            )
+        tokens = None if info["tokens"] is None else more * info["tokens"]
+        return Cost(tokens, more * info["seconds"], info["peak_memory_bytes"], None, disk, "an earlier result")
+
+    def _ratio(self, name: str, stage: Any, info: dict[str, Any]) -> float | None:
+        """How many times as many samples a stage would take as an earlier result of it did; None: cannot be told."""
+        if isinstance(stage, Generate):
+            rows = self.rows(name)
+            return sum(rows.splits.values()) / info["examples"] if rows and info["examples"] else None
+        if not isinstance(stage, Rl):
+            return None
+        then, prompts = info["config"], stage.batch_size * stage.accumulation
+        steps = stage.max_steps
+        if steps is None and (rows := self.rows(stage.data)):
+            steps = stage.epochs * rows.splits.get("train", 0.0) / prompts
+        samples = then["batch_size"] * then["accumulation"] * then["completions"] * (info["steps"] or 0)
+        before = samples * then["decoding"]["max_new_tokens"]
+        return (
+            steps * prompts * stage.completions * stage.decoding.max_new_tokens / before if steps and before else None
+        )
 
     def _download(self, name: str) -> float | None:
         """Bytes still to come from the hub for one stage; None where that cannot be told."""
@@ -252,6 +284,15 @@ class Predictor:
             for repo, revision, kind, part in wanted
         ]
         return None if any(f is None for f in found) else sum(f for f in found if f is not None)
+
+
+def _written(stage: Generate, rows: Rows | None) -> Rows | None:
+    """What a teacher writes of some rows: so many at most, of about that length."""
+    if rows is None or stage.grow is not None:
+        return rows and dataclasses.replace(rows, splits={"train": float(stage.grow or 0)})
+    kept = {split: n for split, n in rows.splits.items() if split in (stage.splits or rows.splits)}
+    most = float("inf") if stage.take is None else float(stage.take)
+    return dataclasses.replace(rows, splits={split: min(n, most) for split, n in kept.items()})
 
 
 def _earlier(folder: RunFolder) -> list[dict[str, Any]]:
