@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.claims
 
-MINUTES = {"detox-summarization": 4}
+MINUTES = {"detox-summarization": 5}
 
 
 def temper(*words: str, cwd: Path) -> tuple[str, float]:
@@ -56,6 +56,9 @@ def test_detox_summarization(folder: Path) -> None:
     print(f"sft − base rougeL {rouge}\ngrpo − sft toxicity {toxicity}")
     assert rouge["low"] > 0 and rouge["p_adjusted"] < 0.05
     assert toxicity["high"] < 0 and toxicity["p_adjusted"] < 0.05
+    scores = {name: found["rougeL"]["value"] for name, found in results["evaluations"]["compare"]["models"].items()}
+    print(f"rougeL {scores}")
+    assert scores["grpo"] >= 0.9 * scores["sft"], "what it unlearns costs at most a tenth of the summaries"
     assert all(stage["cached"] for stage in results["stages"].values())
     temper("run", name, "--profile", "mini", "--out", "b", cwd=folder)
     assert weights(folder / "a") == weights(folder / "b")

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-
 # Widths and numbers of scored tokens are rounded up to this: a CPU's matrix libraries keep a compiled kernel for every
 # shape they meet, and memory would grow with the variety of lengths (seen: 0.9 against 2.0 GB after 240 steps).
 ROUND = 64
