@@ -69,7 +69,7 @@ def test_what_a_run_writes_and_that_ratios_are_right(smoke_run: Path, tmp_path: 
     assert set(samples[0]) == {"step", "prompt", "completion", "reference", "reward"}
     assert not (stage / "rollouts").exists() and (stage / "model").is_dir() and (stage / "adapter").is_dir()
     facts = read_json(stage / "stage.json")["facts"]
-    assert facts["sampler"].startswith(("native", "generate"))
+    assert facts["sampler"].startswith("native sampler")
 
 
 def test_the_reward_rises(smoke_run: Path, tmp_path: Path) -> None:
@@ -243,6 +243,12 @@ def test_what_cannot_work_is_refused_before_anything_runs(fields: dict[str, Any]
     with pytest.raises(RecipeError, match=what) as error:
         recipes.load("detox-summarization", profile="smoke", overrides={"stages": {"grpo": {**RL, **fields}}})
     assert error.value.do or error.value.where
+
+
+def test_the_length_alone_may_be_set_and_it_still_samples() -> None:
+    own = {**RL, "decoding": {"max_new_tokens": 7, "temperature": None}}  # null: as if the recipe had none
+    loaded = recipes.load("detox-summarization", profile="smoke", overrides={"stages": {"grpo": own}})
+    assert loaded.stages["grpo"].decoding.temperature == 1.0  # type: ignore[attr-defined]
 
 
 def test_rewards_that_are_all_equal_stop_the_run(smoke_run: Path, tmp_path: Path) -> None:

@@ -98,6 +98,12 @@ class Rl(TrainingStage):
     slots: int = detail(64, "Completions sampled at once.", ge=1, affects_result=False)
     samples: int = detail(4, "Completions of each rollout kept in samples.jsonl.", ge=0, affects_result=False)
 
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _sampled(cls, value: Any) -> Any:
+        """A recipe that sets other options of decoding only still samples."""
+        return {"temperature": 1.0, **value} if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _sound(self) -> Rl:
         if self.completions == 1:
@@ -165,7 +171,7 @@ class Rl(TrainingStage):
         job.facts["written_as"] = encoder.description
         with devices.autocast(policy.device, precision):
             sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
-        job.facts["sampler"] = f"{sampler.layout}: {sampler.reason}"
+        job.facts["sampler"] = sampler.reason
         reference = Reference(policy) if self.kl.beta else None
         judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
         experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
