@@ -184,13 +184,18 @@ def test_a_stopped_run_says_from_where_it_goes_on(number: int, code: int, run_fo
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **ENVIRONMENT},
+        # a background job of a shell is started with Ctrl-C ignored, and so would be what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        until = time.monotonic() + 60
-        while not list((run_folder / "sft.partial" / "checkpoints").glob("step-*")):
-            assert time.monotonic() < until and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, told = process.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 60
+            while not list((run_folder / "sft.partial" / "checkpoints").glob("step-*")):
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or the test would wait for 100,000 steps
     assert process.returncode == code
     assert re.match(r"stopped.*: the same command goes on from step \d+ of stage sft\n", told), told
     assert "Traceback" not in told
