@@ -263,30 +263,6 @@ def test_a_prompt_without_room_for_an_answer_is_told(smoke_run: Path, tmp_path: 
     assert "mini:uk-news" in error.value.where
 
 
-def test_samples_of_another_policy_stop_the_run(
-    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Staged: the sampler is handed other weights than those that are trained, as a stale copy would be."""
-    from temper.stages import rl
-
-    real = rl.Sampler
-
-    def stale(hf: Any, tokenizer: Any, **more: Any) -> Any:
-        import copy
-
-        import torch
-
-        other = copy.deepcopy(hf)
-        with torch.no_grad():
-            for p in other.parameters():
-                p.mul_(1.5)
-        return real(other, tokenizer, **more)
-
-    monkeypatch.setattr(rl, "Sampler", stale)
-    with pytest.raises(TrainingError, match="samples do not come from the policy"):
-        run(tmp_path / "run", smoke_run)
-
-
 def test_an_adapter_that_was_not_merged_is_folded_in_first(smoke_run: Path, tmp_path: Path) -> None:
     """The reference is the model before this stage, the earlier adapter in it; otherwise its KL would not start at 0."""
     folder = copy_stages(smoke_run, tmp_path / "run", "corpus", "tiny", "news")

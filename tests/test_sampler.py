@@ -138,6 +138,7 @@ def test_generate_gives_the_same_samples(family: str) -> None:
     sampler = Sampler(made(family), tokenizer(), end_ids=ENDS, slots=4)
     decoding = Decoding(max_new_tokens=10, temperature=1.1, top_k=40, min_p=0.02, repetition_penalty=1.1, stop=["<9"])
     asked = prompts(5, 12, 12, 30)
+    assert sampler.layout == "native", "two engines are compared, not one with itself"
     expected = sampler.sample(asked, decoding, completions=3, seed=1)
     sampler.layout = "generate"
     close(sampler.sample(asked, decoding, completions=3, seed=1), expected)

@@ -195,13 +195,13 @@ def rows_of(trees: Sequence[Tree], row_tokens: int, micro_tokens: int) -> list[R
     return [stack([[trees[i] for i in lane] for lane in row], w) for row, w in zip(rows, widths, strict=True)]
 
 
-def rounded(n: int) -> int:
-    """The next multiple of ROUND.
+def rounded(n: int, multiple: int = ROUND) -> int:
+    """The next multiple.
 
-    >>> rounded(64), rounded(65)
-    (64, 128)
+    >>> rounded(64), rounded(65), rounded(65, 32)
+    (64, 128, 96)
     """
-    return -(-n // ROUND) * ROUND
+    return -(-n // multiple) * multiple
 
 
 def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:

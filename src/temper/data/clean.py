@@ -16,6 +16,23 @@ from temper.errors import DataError
 from temper.types import Record, Row
 
 
+def not_blank(value: list[str]) -> list[str]:
+    """Strings to look for, none of them empty."""
+    if "" in value:
+        raise ValueError("an empty string is contained in every row")
+    return value
+
+
+def compiles(value: list[str]) -> list[str]:
+    """Regular expressions that are some."""
+    for i, pattern in enumerate(value):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"matches[{i}] = {pattern!r} is not a regular expression: {error}") from None
+    return value
+
+
 class Drop(BaseModel):
     """Which rows are dropped. Lengths are in tokens where the stage has a tokenizer, otherwise in characters."""
 
@@ -48,22 +65,8 @@ class Drop(BaseModel):
         description="the Jaccard similarity of word 5-grams from which rows are near duplicates",
     )
 
-    @field_validator("contains")
-    @classmethod
-    def _not_blank(cls, value: list[str]) -> list[str]:
-        if "" in value:
-            raise ValueError("an empty string is contained in every row")
-        return value
-
-    @field_validator("matches")
-    @classmethod
-    def _compiles(cls, value: list[str]) -> list[str]:
-        for i, pattern in enumerate(value):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"matches[{i}] = {pattern!r} is not a regular expression: {error}") from None
-        return value
+    _not_blank = field_validator("contains")(not_blank)
+    _compiles = field_validator("matches")(compiles)
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Drop:

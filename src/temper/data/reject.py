@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, field_validator, model_validator
 
+from temper.data.clean import compiles, not_blank
 from temper.recipe import Config
 
 # Reasons, as they are counted. Those of `contains` and `matches` name what was found.
@@ -49,22 +50,8 @@ class Reject(Config):
         default=None, gt=0, le=1, description="Answers that the classifier gives a lower probability; needs classifier."
     )
 
-    @field_validator("contains")
-    @classmethod
-    def _not_blank(cls, value: list[str]) -> list[str]:
-        if "" in value:
-            raise ValueError("an empty string is contained in every answer")
-        return value
-
-    @field_validator("matches")
-    @classmethod
-    def _compiles(cls, value: list[str]) -> list[str]:
-        for i, pattern in enumerate(value):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"matches[{i}] = {pattern!r} is not a regular expression: {error}") from None
-        return value
+    _not_blank = field_validator("contains")(not_blank)
+    _compiles = field_validator("matches")(compiles)
 
     @model_validator(mode="after")
     def _whole(self) -> Reject:

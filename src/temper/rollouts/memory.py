@@ -17,17 +17,13 @@ from transformers import Cache
 from transformers.modeling_utils import AttentionInterface
 
 from temper.rollouts.products import plain_products
+from temper.trees import rounded
 
 NAME = "temper_rollout"
 ROUND = 32  # own tokens and prompts are looked at in so many at a time: matrix libraries like few shapes
 
 # The attention function is called by the model, layer by layer, and some models pass on no arguments of their own.
 _current: contextvars.ContextVar[Memory] = contextvars.ContextVar("rollout memory")
-
-
-def rounded(n: int) -> int:
-    """The next multiple of ROUND."""
-    return -(-n // ROUND) * ROUND
 
 
 @dataclasses.dataclass
@@ -44,7 +40,7 @@ class Memory(Cache):
 
     def __init__(self, slots: int, prompts: int, longest: int, new_tokens: int) -> None:
         super().__init__(layers=[])
-        self.sizes = (slots, prompts, rounded(longest), rounded(new_tokens))
+        self.sizes = (slots, prompts, rounded(longest, ROUND), rounded(new_tokens, ROUND))
         self.stored: dict[int, _Layer] = {}
         self.lengths: list[int] = [0] * prompts
         self.filling: list[int] | None = None  # prompt slots that a prefill fills, one a lane
@@ -132,9 +128,9 @@ class Memory(Cache):
             at = self.at_index if self.row_of is None else self.at_index.index_select(0, self.row_of)
             at = at.view(self.N, self.K, 1)
             longest, shortest = max(self.lengths[: self.N]), min(self.lengths[: self.N])
-            stop = rounded(longest)
+            stop = rounded(longest, ROUND)
             first = 0 if window is None else max(0, shortest + min(self.at) + 1 - window) // ROUND * ROUND
-            prompt, own = slice(min(first, stop - ROUND), stop), slice(0, rounded(max(self.at) + 1))
+            prompt, own = slice(min(first, stop - ROUND), stop), slice(0, rounded(max(self.at) + 1, ROUND))
             j = torch.arange(prompt.start, prompt.stop, device=device)
             i = torch.arange(own.start, own.stop, device=device)
             before, after = (j < lengths).expand(self.N, self.K, -1), i <= at

@@ -20,8 +20,9 @@ from temper.models.scores import head_of
 from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
-from temper.rollouts.memory import Memory, rounded
+from temper.rollouts.memory import ROUND, Memory
 from temper.rollouts.products import fast_products, turned_linears
+from temper.trees import rounded
 
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
 
@@ -119,7 +120,7 @@ class _Decoder:
             if not self.waiting or None not in self.living or free < (1 if not self.rows else max(1, self.slots // 8)):
                 return
             taken: list[_Prompt] = []
-            width = rounded(len(self.waiting[0].ids))
+            width = rounded(len(self.waiting[0].ids), ROUND)
             room = self.living.count(None)
             while (
                 self.waiting
@@ -147,7 +148,7 @@ class _Decoder:
             prompt.unfinished = len(prompt.drafts)
             self.living[prompt.place] = prompt
             self.memory.lengths[prompt.place] = len(prompt.ids)
-        width = rounded(max(len(p.ids) for p in prompts))
+        width = rounded(max(len(p.ids) for p in prompts), ROUND)
         # Filled up with its last token: some models warn of padding tokens where they see one.
         ids = torch.tensor([[*p.ids, *[p.ids[-1]] * (width - len(p.ids))] for p in prompts])
         self.switch(False)
