@@ -143,45 +143,68 @@ def test_streams_are_uniform_and_apart() -> None:
     assert np.array_equal(uniforms(3, -1, 2**63), uniforms(3, -1, 2**63))
 
 
-def test_fast_products_lose_nothing_and_leave_no_trace() -> None:
-    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = switch.fp32_precision
-    draw = torch.Generator().manual_seed(0)
-    x, w = torch.randn(32, 300, generator=draw), torch.randn(2000, 300, generator=draw)
-    with products.fast_products(torch.device("cpu")):
-        inside = switch.fp32_precision
-        got = torch.nn.functional.linear(x, w)
-        with products.plain_products():
-            assert switch.fp32_precision == before
-        assert switch.fp32_precision == inside
-    assert switch.fp32_precision == before and inside == ("bf16" if products._keeps_accuracy() else before)
-    exact = x.double() @ w.double().T
-    assert float((got - exact).norm() / exact.norm()) < 2e-6
-    with products.fast_products(torch.device("meta")):
-        assert switch.fp32_precision == before
+def exactly(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(
+        x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 64, 200])
-def test_turned_linears_give_the_same(rows: int, bias: bool) -> None:
+def test_packed_linears_give_the_same_and_leave_no_trace(rows: int, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.Linear(96, 400, bias=bias).requires_grad_(False)
-    x = torch.randn(rows, 1, 96)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    with products.turned_linears(layer), products.fast_products(torch.device("cpu")):
+    layer, x = torch.nn.Linear(96, 400, bias=bias).requires_grad_(False), torch.randn(rows, 1, 96)
+    exact = exactly(layer, x)
+    with products.packed_linears(layer):
+        assert ("forward" in vars(layer)) == products._sound(torch.float32)
         got = layer(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # not what was packed for
             assert layer(x).dtype == torch.bfloat16
-    assert got.shape == exact.shape and got.is_contiguous()
+    assert got.shape == exact.shape and got.dtype == torch.float32 and got.is_contiguous()
     assert float((got - exact).norm() / exact.norm()) < 2e-6
     assert "forward" not in vars(layer)
 
 
-def test_a_processor_that_computes_in_bfloat16_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = torch.nn.functional.linear
+@pytest.mark.parametrize("halves", [True, False])
+def test_packed_linears_compute_in_bfloat16_where_the_usual_ones_would(halves: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(256, 128).requires_grad_(False), torch.randn(8, 256)
+    if halves:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not halves), torch.no_grad():
+        usual = layer(x)
+        with products.packed_linears(layer):
+            got = layer(x)
+    assert got.dtype == usual.dtype == torch.bfloat16
+    assert float((got - usual).float().norm() / usual.float().norm()) < 4e-3  # the last bit
+    exact = exactly(layer, x)
+    assert float((got - exact).norm() / exact.norm()) < 1e-2
 
-    def rounded(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return linear(x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x, *rest)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
-    assert not products._keeps_accuracy.__wrapped__()
+def test_packed_linears_follow_weights_that_change_between_uses_and_leave_others_alone() -> None:
+    layer, x = torch.nn.Linear(256, 128), torch.randn(2, 256)
+    for _ in range(2):
+        with products.packed_linears(layer), torch.no_grad():
+            got = layer(x)
+        assert torch.allclose(got, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+        torch.nn.init.normal_(layer.weight)
+    small, replaced = torch.nn.Linear(8, 8), torch.nn.Linear(256, 128)
+    replaced.forward = lambda x: x  # type: ignore[method-assign,assignment]
+    with products.packed_linears(torch.nn.ModuleList([small, replaced])):
+        assert "forward" not in vars(small) and replaced(x) is x
+    assert replaced(x) is x
+
+
+def test_a_machine_whose_packed_products_are_coarse_or_missing_keeps_the_usual_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pack = torch.ops.mkldnn._reorder_linear_weight
+
+    def missing(*_: object) -> None:
+        raise NotImplementedError("built without it")
+
+    for name, kind in (("coarse", lambda w, rows: pack(w.bfloat16().to(w.dtype), rows)), ("missing", missing)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", kind)
+            assert not products._sound.__wrapped__(torch.float32), name
+    assert not products._sound(torch.float16)

@@ -16,7 +16,6 @@ import torch
 from transformers import Cache
 from transformers.modeling_utils import AttentionInterface
 
-from temper.rollouts.products import plain_products
 from temper.trees import rounded
 
 NAME = "temper_rollout"
@@ -177,8 +176,7 @@ def _attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each row's new token over its prompt and its own tokens, [R, 1, H, D]."""
-    with plain_products():
-        return _attended(_current.get(), query, scaling, sliding_window, softcap, s_aux, position_bias), None
+    return _attended(_current.get(), query, scaling, sliding_window, softcap, s_aux, position_bias), None
 
 
 def _attended(

@@ -21,7 +21,7 @@ from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
 from temper.rollouts.memory import ROUND, Memory
-from temper.rollouts.products import fast_products, turned_linears
+from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
@@ -68,7 +68,7 @@ def decode(
     grouped: dict[tuple[int, ...], _Prompt] = {}
     for k, ids in enumerate(prompts):
         grouped.setdefault(tuple(ids), _Prompt(tuple(ids), [])).drafts.append(k)
-    with _own_attention(model) as switch, turned_linears(model):
+    with _own_attention(model) as switch, packed_linears(model):
         _Decoder(model, switch, list(grouped.values()), noise, drafts, slots, progress).run()
 
 
@@ -188,13 +188,12 @@ class _Decoder:
         """One token for every row."""
         rows, device = self.rows, self.device
         self.memory.begin([r.prompt.place for r in rows], [r.fed for r in rows], device)
-        with fast_products(device):
-            hidden = self.backbone(
-                input_ids=torch.tensor([[r.token] for r in rows], device=device),
-                position_ids=torch.tensor([[len(r.prompt.ids) + r.fed] for r in rows], device=device),
-                past_key_values=self.memory,
-                use_cache=True,
-            ).last_hidden_state
+        hidden = self.backbone(
+            input_ids=torch.tensor([[r.token] for r in rows], device=device),
+            position_ids=torch.tensor([[len(r.prompt.ids) + r.fed] for r in rows], device=device),
+            past_key_values=self.memory,
+            use_cache=True,
+        ).last_hidden_state
         if sorted(self.memory.calls) != sorted(self.memory.stored):
             raise NotNative(
                 f"{len(self.memory.stored)} layers keep keys and values, and {len(self.memory.calls)} of them attend as told"
@@ -216,8 +215,7 @@ class _Decoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[x, hidden size] → float32 [x, V], through the model's own head."""
-        with fast_products(self.device):
-            return self.head(inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
+        return self.head(inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
 
     def _retire(self, slot: int) -> None:
         """Empty a slot; what waits moves in at once, else the last row, so that rows have no holes."""
