@@ -36,6 +36,18 @@ def test_templates(template, expected):
     assert made({"text": template}) == {"text": expected}
 
 
+def test_a_prompt_is_the_beginning_of_a_text_and_its_completion_the_rest():
+    templates = {"prompt": "{text|first 3 words}", "completion": "{text | after 3 words}!", "text|x": ""}
+    rows = [Record({"text": "  Ця стрічка —\tсправжнє  диво"}, "a:1"), Record({"text": "коротко"}, "a:2")]
+    made = [r.row for r in formats.apply(rows, {k: v for k, v in templates.items() if k in ("prompt", "completion")})]
+    assert made[0] == {"prompt": "Ця стрічка —", "completion": "справжнє  диво!"}
+    assert made[1] == {"prompt": "коротко", "completion": "!"}
+    assert formats.columns("{text|first 3 words} {other|last 3 words}", "text") == {"text", "other|last 3 words"}
+    with pytest.raises(DataError, match=r"only a text has words.*«text» holds") as caught:
+        formats.apply([Record({"text": ["a"]}, "a:7")], {"text": "{text|first 1 word}"})
+    assert caught.value.where == "a:7"
+
+
 def test_one_column_alone_keeps_its_kind():
     messages = [{"role": "user", "content": "hi"}]
     assert made({"messages": "{m}"}, {"m": messages}) == {"messages": messages}

@@ -1,6 +1,7 @@
 """Rows of any source → rows of TRL's dataset types, by templates.
 
     prompt: "Summarise:\n{text}"       {column} is replaced by the row's value, {{ and }} are braces
+    prompt: "{text|first 6 words}"     the beginning of a text; {text|after 6 words} is the rest
     completion: "{summary}"            a template that is one column alone keeps the value's type
     messages: [{role: user, content: "{question}"}, {role: assistant, content: "{answer}"}]
 
@@ -34,8 +35,41 @@ ROLES = ("user", "assistant", "system", "tool")
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
+_WORDS = re.compile(r"(.+?)\s*\|\s*(first|after) (\d+) words?")
+
+
 class Column(str):
-    """A column's name inside a parsed template, apart from literal text."""
+    """A column's name inside a parsed template, apart from literal text; and which of its words are meant."""
+
+    part: tuple[str, int] | None = None  # (first or after, how many words)
+
+    def of(self, value: Any, where: str = "") -> Any:
+        """What a template takes of a row's value.
+
+        Raises:
+            DataError: words of what is no text.
+
+        >>> [Column.read(f"review | {part} 2 words").of("One  of the\\nbest") for part in ("first", "after")]
+        ['One  of', 'the\\nbest']
+        """
+        if self.part is None or value is None:
+            return value
+        side, n = self.part
+        if not isinstance(value, str):
+            raise DataError(f"only a text has words, and column «{self}» holds {value!r:.60}", where=where)
+        words = list(re.finditer(r"\S+", value))
+        if side == "first":
+            return value[words[0].start() : words[:n][-1].end()] if words and n else ""
+        return value[words[n].start() :] if n < len(words) else ""
+
+    @classmethod
+    def read(cls, text: str) -> Column:
+        """`name`, `name|first N words` or `name|after N words`; words are what white space parts."""
+        if (match := _WORDS.fullmatch(text)) is None:
+            return cls(text)
+        column = cls(match[1])
+        column.part = (match[2], int(match[3]))
+        return column
 
 
 Parsed = list[str]  # literal text and Columns, in order
@@ -62,7 +96,7 @@ def parse(template: str, *, where: str = "") -> Parsed:
         literal(template[position : match.start()])
         position = match.end()
         if match[1] is not None:
-            pieces.append(Column(match[1]))
+            pieces.append(Column.read(match[1]))
         elif match[0] in ("{{", "}}"):
             literal(match[0][0])
         else:
@@ -109,11 +143,11 @@ def _fill(parsed: Any, record: Record, key: str) -> Any:
     if not isinstance(parsed, tuple):
         return parsed
     if len(parsed) == 1 and isinstance(parsed[0], Column):
-        value = _column(record, parsed[0], key)
+        value = parsed[0].of(_column(record, parsed[0], key), record.where)
         return "" if _is_null(value) and key != "label" else value
     out = []
     for piece in parsed:
-        value = _column(record, piece, key) if isinstance(piece, Column) else piece
+        value = piece.of(_column(record, piece, key), record.where) if isinstance(piece, Column) else piece
         if isinstance(value, list | dict):
             raise DataError(
                 f"column «{piece}» holds a {type(value).__name__}, which cannot stand inside the text of «{key}»",
