@@ -26,6 +26,7 @@ from temper.stages.evaluate import Evaluate
 from temper.stages.generate import Generate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
+from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
 
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
@@ -155,7 +156,7 @@ class Predictor:
         size, rows, before = self.size(name), self.rows(stage.data), self.before(name)
         if rows is None:
             return Cost(basis="nothing: its data are not known")
-        n = stage.epochs * rows.splits.get("train", 0.0)
+        n = stage.epochs * (getattr(stage, "pairs", None) or rows.splits.get("train", 0.0))
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
         tokens = n * self._row_tokens(name, stage, rows)
@@ -188,7 +189,7 @@ class Predictor:
 
     def _scored(self, stage: Any, rows: Rows) -> float:
         """The share of tokens that go through the projection to the vocabulary, which a classifier does not have."""
-        if isinstance(stage, TrainClassifier):
+        if isinstance(stage, TrainClassifier | TrainReward):
             return 0.0
         return 1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens
 
@@ -228,7 +229,7 @@ class Predictor:
         return Cost(tokens, seconds, memory, None, disk, f"matrix products measured here in {precision}; {rows.basis}")
 
     def _merge(self, stage: Merge) -> Cost:
-        size = self.size(stage.model)
+        size = self.size(stage.model or stage.start or "base")
         if size is None:
             return Cost(basis="nothing: the model is not known")
         saved = 4 * size.parameters

@@ -33,7 +33,7 @@ REPLICA = "-seed"  # `sft` with seeds: 3 is trained as sft, sft-seed2 and sft-se
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """Marks a field that names another stage: what the stage must give («model», «data» or «classifier»)."""
+    """Marks a field that names another stage: what the stage must give («model», «data», «classifier» or «reward»)."""
 
     gives: str
 
@@ -41,6 +41,7 @@ class Ref:
 ModelRef = Annotated[str, Ref("model")]  # a stage, `base`, a folder, a hub id (id@revision) or an endpoint (URL#MODEL)
 DataRef = Annotated[str, Ref("data")]  # STAGE or STAGE.SPLIT
 ClassifierRef = Annotated[str, Ref("classifier")]  # a stage, a folder or a hub id
+RewardRef = Annotated[str, Ref("reward")]  # a stage (of kind reward or classifier), a folder or a hub id
 
 
 class Config(pydantic.BaseModel):
@@ -58,7 +59,7 @@ class Stage(Config, abc.ABC):
 
     kind: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    gives: ClassVar[str] = ""  # «model», «data», «classifier» or nothing
+    gives: ClassVar[str] = ""  # «model», «data», «classifier», «reward» or nothing
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
     asks: ClassVar[tuple[str, ...]] = ()  # fields whose model may be an endpoint: only text is asked of it
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names

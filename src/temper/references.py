@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from temper.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
+ALSO = {"reward": ("classifier",)}  # the logit of a classifier's label is a reward
 
 
 def check(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
@@ -35,7 +36,8 @@ def check(recipe: Recipe, lines: dict[KeyPath, str], path: Path) -> None:
             if value == "base":
                 if gives != "model":
                     do = "name a stage, a folder or a hub id"
-                    raise RecipeError(f"the base model is no {gives}", where=where, do=do)
+                    what = "reward model" if gives == "reward" else gives
+                    raise RecipeError(f"the base model is no {what}", where=where, do=do)
                 if recipe.model is None:
                     raise RecipeError(
                         f"stage «{name}» uses «base» but the recipe has no «model»",
@@ -78,7 +80,7 @@ def _check_data(recipe: Recipe, name: str, value: str, where: str) -> None:
 
 def _check_model(recipe: Recipe, value: str, gives: str, where: str) -> None:
     """A model's name that is wrong for sure. Whether a folder or the hub has it is asked when a stage needs it."""
-    givers = [n for n, s in recipe.stages.items() if s.gives == gives]
+    givers = [n for n, s in recipe.stages.items() if s.gives in (gives, *ALSO.get(gives, ()))]
     if value in recipe.stages:
         if value not in givers:
             kind = f"it is of kind {recipe.stages[value].kind}"

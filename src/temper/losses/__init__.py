@@ -4,7 +4,18 @@ A loss returns `Terms`: unreduced values, their weights, and detached extras to 
 of the weights over the whole optimiser step and all ranks, so a result does not depend on how a batch was cut.
 """
 
+from temper.losses.pair import bradley_terry, pair_losses
 from temper.losses.policy import divergence, grpo, policy_losses, with_divergence
 from temper.losses.token import Terms, nll, token_losses
 
-__all__ = ["Terms", "divergence", "grpo", "nll", "policy_losses", "token_losses", "with_divergence"]
+__all__ = [
+    "Terms",
+    "bradley_terry",
+    "divergence",
+    "grpo",
+    "nll",
+    "pair_losses",
+    "policy_losses",
+    "token_losses",
+    "with_divergence",
+]

@@ -177,7 +177,7 @@ class Classifier(Policy):
         was_training = self.training
         self.eval()
         try:
-            for taken in _batches(lines, batch_tokens):
+            for taken in batched(lines, batch_tokens):
                 out[taken] = self._shares(self.logits([lines[i] for i in taken])).cpu().numpy()
         finally:
             self.train(was_training)
@@ -276,7 +276,7 @@ def _negates(name: str, wanted: str) -> bool:
     return any(sign in name.replace(wanted, " ") for sign in NEGATIONS)
 
 
-def _batches(lines: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+def batched(lines: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Indices of lines of like length, so many together as fit `batch_tokens` with their padding."""
     out: list[list[int]] = []
     for i in sorted(range(len(lines)), key=lambda i: (-len(lines[i]), i)):

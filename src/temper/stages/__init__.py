@@ -6,7 +6,8 @@ from temper.stages.evaluate import Evaluate
 from temper.stages.generate import Generate
 from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
+from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
 from temper.stages.sft import Sft
 
-__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "TrainClassifier"]
+__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "TrainClassifier", "TrainReward"]
