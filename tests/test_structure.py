@@ -15,6 +15,7 @@ import pytest
 import temper
 from temper.engine import optim
 from temper.losses import token_losses
+from temper.merging import rules
 from temper.metrics import registry as metrics
 from temper.recipe import stages
 
@@ -24,7 +25,7 @@ SOURCE = Path(temper.__file__).parent
 ORDER = [
     "errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder",
     "hub", "terminal", "manifest", "job", "pipeline",
-    "trees", "data", "models", "losses", "advantages", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
+    "trees", "data", "models", "losses", "advantages", "merging", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
     "shapes", "predict", "plan", "report", "app", "fields", "doctor", "cli",
 ]  # fmt: skip
 # Where less is allowed than the order says.
@@ -37,6 +38,7 @@ ONLY = {
     "data": {"errors", "types", "recipe"},
     "losses": {"registry"},
     "advantages": {"registry"},
+    "merging": {"errors", "registry"},
     "rewards": {"errors", "metrics", "registry", "types"},
     "metrics": {"data", "errors", "registry", "types"},  # data: the insults of the mini sets
     "statistics": {"types"},
@@ -48,7 +50,7 @@ NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "val
             "advantages", "metrics", "rewards", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
-LATE = {"bitsandbytes", "huggingface_hub", "datasets", "rouge_score", "nltk"}
+LATE = {"bitsandbytes", "huggingface_hub", "datasets", "rouge_score", "nltk", "optuna"}
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {"temper", "temper.cli", "temper.fields", "temper.doctor", "temper.terminal"}
 # A type alone, for an annotation: the stage's `run` takes the job that holds the recipe.
@@ -179,7 +181,7 @@ def obvious(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize(
-    "table", [metrics, optim.optimizers, optim.schedules, token_losses, stages], ids=lambda t: t.kind
+    "table", [metrics, optim.optimizers, optim.schedules, rules, token_losses, stages], ids=lambda t: t.kind
 )
 def test_registered_things_have_a_sentence_for_the_list(table) -> None:
     for name in table:
