@@ -1,6 +1,6 @@
 """Checkpoints: enough to go on bit for bit, nothing pickled, checksummed, whole or not there.
 
-checkpoints/step-N/   trainable.safetensors  optimizer.safetensors  state.json  checksums.json
+checkpoints/step-N/   trainable.safetensors  optimizer.safetensors  [follower.safetensors]  state.json  checksums.json
 checkpoints/best-N/   trainable.safetensors  state.json  checksums.json
 """
 
@@ -22,9 +22,15 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def write(
-    folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]
+    folder: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    follower: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write beside, then rename; an older checkpoint of the same name is replaced.
+
+    `follower`: tensors that move with the policy's and cannot be had from them.
 
     Between the deletion of the older one and the rename, the new one stands beside, whole: `recover` names it.
     """
@@ -38,6 +44,8 @@ def write(
         )
         if optimizer is not None:
             save_file(_tensors(optimizer), beside / "optimizer.safetensors")
+        if follower:
+            save_file({n: t.contiguous().cpu() for n, t in follower.items()}, beside / "follower.safetensors")
         write_json(beside / "state.json", state)
         write_json(beside / "checksums.json", checksums(beside))
     except BaseException:
@@ -68,6 +76,14 @@ def read_weights(folder: Path, module: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in trainable(module).items():
             parameter.copy_(found[name])
+
+
+def read_follower(folder: Path, follower: dict[str, torch.Tensor]) -> None:
+    """Put a checkpoint's further tensors into those that are given."""
+    found = load_file(folder / "follower.safetensors") if follower else {}
+    with torch.no_grad():
+        for name, tensor in follower.items():
+            tensor.copy_(found[name])
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -72,6 +72,14 @@ class Validated(Training):
     patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
 
 
+class Follower(Protocol):
+    """What moves with the policy: it is told of every optimiser step, and its tensors are part of each checkpoint."""
+
+    def follow(self) -> None: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
 class Loop:
     """Trains the trainable parameters of a policy in place."""
 
@@ -85,9 +93,10 @@ class Loop:
         precision: str,
         validation: Sequence[Row] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
-        self.precision, self.validation, self.sample = precision, validation, sample
+        self.precision, self.validation, self.sample, self.follower = precision, validation, sample, follower
         self.device = policy.device
         self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
         self.warmup = optim.warmup_steps(training.warmup, self.steps)
@@ -173,6 +182,8 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.follower is not None:
+            self.follower.follow()
         tokens = sum(r.tokens for r in rows)
         self.state["step"] = step + 1
         self.state["tokens"] += tokens
@@ -240,7 +251,8 @@ class Loop:
     def _save(self) -> None:
         self.job.save_clock()  # before the checkpoint: a run that goes on from it must know what was warned of before
         state = {**self.state, "scaler": self.scaler.state_dict()}
-        checkpoint.write(self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state)
+        more = self.follower.tensors() if self.follower is not None else None
+        checkpoint.write(self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state, more)
         checkpoint.retain(self.root, self.training.keep_checkpoints)
 
     def _resume(self) -> None:
@@ -252,6 +264,8 @@ class Loop:
         folder, state = found
         checkpoint.read_weights(folder, self.policy)
         checkpoint.read_optimizer(folder, self.optimizer)
+        if self.follower is not None:
+            checkpoint.read_follower(folder, self.follower.tensors())
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = state
         for file in (self.metrics, self.samples):
