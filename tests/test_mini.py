@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
+from collections import Counter
 
 import pytest
 from rouge_score import rouge_scorer
 
 from temper.data import mini
-from temper.data.mini import corpus, insults
-from temper.data.mini.draw import Num, euphony, plural
+from temper.data.mini import corpus, grammar, insults, review_frames, review_frames_b, review_words, reviews
+from temper.data.mini.draw import Draw, Num, euphony, plural
 from temper.errors import DataError
 
 WORD = re.compile(r"[\w’]+")
 NEWS_SETS = ["uk-news", "uk-toxic-news", "uk-news-dirty"]
+REVIEW_SETS = ["en-reviews", "en-reviews-b"]
+UKRAINIAN = [name for name in mini.NAMES if name.startswith("uk-")]
 ROWS = 1500
 
 # Written down once. A change here is a change of the data: raise mini.VERSION with it.
@@ -27,6 +31,8 @@ PINNED = {
     "uk-toxic-news": "268a06fa9f5ade6c",
     "uk-news-dirty": "0429477d15f301c7",
     "uk-rude-words": "7da88179245f47f1",
+    "en-reviews": "f93ad534b1e4c927",
+    "en-reviews-b": "62b966a99d39829a",
 }
 
 
@@ -70,7 +76,7 @@ def test_splits_have_people_of_their_own():
     name = re.compile(r"[А-ЯІЇЄҐ][а-яіїєґ]+ [А-ЯІЇЄҐ][а-яіїєґ]+(?:ко|ук|юк|ий|ка|ик|як|(?:Бонд|Гонч)ар|ах)\b")
     test = {found for r in mini.load("uk-news", split="test") for found in name.findall(r["summary"])}
     assert len(test) > 150
-    for other, seed in itertools.product(mini.NAMES, [0, 7]):
+    for other, seed in itertools.product(UKRAINIAN, [0, 7]):
         train = " ".join(r["text"] for r in mini.load(other, split="train", rows=1000, seed=seed))
         assert not test & set(name.findall(train))
 
@@ -114,7 +120,7 @@ def test_texts_are_short_and_a_first_sentence_is_no_summary(sets):
     assert len({row["topic"] for row in sets["uk-news"]}) >= 8
 
 
-@pytest.mark.parametrize("name", list(mini.NAMES))
+@pytest.mark.parametrize("name", UKRAINIAN)
 def test_only_ukrainian_letters_and_no_template_left(sets, name):
     allowed = set("абвгґдеєжзиіїйклмнопрстуфхцчшщьюя0123456789 \n.,:;!?()«»—-’")
     for row in sets[name]:
@@ -220,10 +226,124 @@ def test_the_corpus_is_mixed_as_stated(sets):
     assert abs(toxic - corpus.TOXIC_SHARE * (corpus.NEWS_SHARE + corpus.PROMPT_SHARE)) < 0.04
 
 
+@pytest.mark.parametrize("name", REVIEW_SETS)
+def test_reviews_are_cut_behind_an_opening_that_is_no_other_splits(sets, name):
+    texts = [row["text"] for row in sets[name]]
+    for row in sets[name]:
+        assert f"{row['opening']} {row['rest']}" == row["text"]
+        assert row["title"] in row["opening"]
+        assert 4 <= len(row["opening"].split()) <= 9 and 25 <= len(row["text"].split()) <= 60
+    assert sum(len(text.split()) for text in texts) / ROWS == pytest.approx(44, abs=3)
+    test = {row[part] for row in mini.load(name, split="test", rows=600) for part in ("opening", "title")}
+    assert len(test) > 600
+    for other, seed, split in itertools.product(REVIEW_SETS, [0, 7], [None, "train", "validation"]):
+        rows = mini.load(other, split=split, rows=600, seed=seed)
+        assert not test & {row[part] for row in rows for part in ("opening", "title")}
+
+
+@pytest.mark.parametrize("name", REVIEW_SETS)
+def test_reviews_are_plain_english_with_no_template_left(sets, name):
+    for row in sets[name]:
+        assert re.fullmatch(r"[A-Za-zé0-9 .,:'-]+", row["text"]), row
+        assert not re.search(r"  | [.,:]|[.,:][.,]|,$|\b(\w+) \1\b|\b[Aa] [aeiou](?!ne|ni|s[ei])", row["text"]), row
+        assert not re.search(r"\ban [^aeiouh]", row["text"]), row
+        for said in re.split(r"(?<=\.) ", row["text"]):
+            assert said[0].isupper() and said.endswith("."), row
+
+
+def test_verbs_agree_with_what_is_reviewed(sets):
+    plural = "|".join(s[:-1] for group in review_words.GROUPS for s in group.subjects if s.endswith("+"))
+    singular = "|".join(s for group in review_words.GROUPS for s in group.subjects if not s.endswith("+"))
+    seen = 0
+    for row in sets["en-reviews"] + sets["en-reviews-b"]:
+        text = row["text"].lower()
+        assert not re.search(rf"(?:{plural}) (?:is|has|does|feels|seems|remains|comes)\b", text), row
+        assert not re.search(rf"(?:{singular}) (?:are|have|do|feel|seem|remain|come)\b", text), row
+        seen += bool(re.search(rf"(?:{plural}) (?:are|have|do|feel|seem|remain|come)\b", text))
+    assert seen > 200
+
+
+def _log_odds(rows: list[dict[str, str]], words: int | None) -> dict[str, float]:
+    """Naive Bayes over the first so many words (all for None): word → log-odds of a positive review, add-one smoothed."""
+    counts = {"positive": Counter[str](), "negative": Counter[str]()}
+    for row in rows:
+        counts[row["label"]].update(set(words_of(row["text"])[:words]))
+    known = counts["positive"] | counts["negative"]
+    return {w: math.log((counts["positive"][w] + 1) / (counts["negative"][w] + 1)) for w in known}
+
+
+def _right(odds: dict[str, float], rows: list[dict[str, str]], words: int | None) -> float:
+    said = [sum(odds.get(w, 0.0) for w in set(words_of(row["text"])[:words])) > 0 for row in rows]
+    return sum(yes == (row["label"] == "positive") for yes, row in zip(said, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.parametrize("name", REVIEW_SETS)
+def test_words_tell_most_labels_but_an_opening_tells_none(name):
+    train, test = mini.load(name, rows=4000), mini.load(name, split="test", rows=1000)
+    error = (0.25 / len(test)) ** 0.5
+    assert 0.8 < _right(_log_odds(train, None), test, None) < 0.97
+    assert abs(_right(_log_odds(train, 6), test, 6) - 0.5) < 4 * error
+    assert abs(sum(row["label"] == "positive" for row in test) / len(test) - 0.5) < 4 * error
+
+
+def test_a_judge_of_one_set_of_reviews_is_mostly_right_on_the_other():
+    train = {name: mini.load(name, rows=4000) for name in REVIEW_SETS}
+    test = {name: mini.load(name, split="test", rows=1000) for name in REVIEW_SETS}
+    for here, there in itertools.permutations(REVIEW_SETS):
+        odds = _log_odds(train[here], None)
+        assert 0.72 < _right(odds, test[there], None) < _right(odds, test[here], None)
+
+
+def test_praise_and_blame_share_constructions_and_no_word_is_both():
+    for frames in (review_frames.FIRST, review_frames_b.SECOND):
+        for good, bad in (frames.reactions, frames.verdicts):
+            assert len(good) == len(bad) and not set(good) & set(bad)
+    good, bad = set(review_words.QUALITIES[0]), set(review_words.QUALITIES[1])
+    for group in review_words.GROUPS:
+        assert len(group.adjectives[0]) == len(group.adjectives[1])
+        assert len(group.predicates[0]) == len(group.predicates[1])
+        good, bad = good | set(group.adjectives[0]), bad | set(group.adjectives[1])
+    assert not good & bad and len(good) > 80 < len(bad)
+
+
+def test_a_review_denies_and_grants_as_often_as_stated():
+    """Of single clauses, the share whose adjective is of the other sign; of remarks, the share that grants something."""
+    draw, a = Draw("clauses"), reviews.REVIEWER_A
+    players = a.groups[0]
+    praise, blame = (set(words) for words in players.adjectives)
+    clauses = [words_of(a._clause(players, 0, draw)) for _ in range(4000)]
+    denied = sum(bool(blame & set(c)) for c in clauses)
+    plain = sum(bool(praise & set(c)) for c in clauses)
+    n = denied + plain
+    assert abs(denied / n - reviews.NEGATES) < 4 * (0.12 * 0.88 / n) ** 0.5
+    grants = re.compile(r"^although |^while |, but |, even if ")
+    granted = sum(bool(grants.search(a._remark(players, 0, draw))) for _ in range(4000)) / 4000
+    assert abs(granted - reviews.MIXED) < 4 * (0.12 * 0.88 / 4000) ** 0.5
+
+
+def test_a_grammar_by_hand():
+    rules = {"who": ["a [old|old] {job}"], "job": ["owl"]}
+    assert (
+        grammar.fill("[{who}|{who}] of {T} and [[x|x]|x]", Draw("d"), rules, {"T": "The Night"})
+        == "a old owl of The Night and x"
+    )
+    for written, spoken in {
+        "a old sailor": "An old sailor.",
+        "A hour in a used car, a one-man show": "An hour in a used car, a one-man show.",
+        "is it a university?": "Is it a university?",
+        "to Anna a eagle is a bird": "To Anna an eagle is a bird.",
+    }.items():
+        assert grammar.sentence(written) == spoken
+    with pytest.raises(KeyError):
+        grammar.fill("{nothing}", Draw("d"), rules)
+
+
 def test_what_cannot_be_had_is_said():
     with pytest.raises(DataError, match="did you mean «uk-news»"):
         mini.load("uk-nwes")
     with pytest.raises(DataError, match="did you mean «validation»"):
         mini.load("uk-news", split="validaton")
+    with pytest.raises(DataError, match="did you mean «en-reviews»"):
+        mini.load("en-review")
     with pytest.raises(DataError, match="-1 rows"):
         mini.load("uk-news", rows=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from temper.data.mini import corpus, insults
+from temper.data.mini import corpus, insults, reviews
 from temper.data.mini.article import article, clean, plain
 from temper.data.mini.corpus import PROMPT, RUDE_PROMPT
 from temper.data.mini.draw import Draw
@@ -25,6 +25,9 @@ NAMES: dict[str, str] = {
     "uk-toxic-news": "news that insult the people in them, with clean summaries: text, summary, title, topic",
     "uk-news-dirty": "the same, where a stated share of the summaries repeats an insult: text, summary, title, topic",
     "uk-rude-words": "what a teacher is shown: a person as news name them, and rude words to put before: text, rude",
+    "en-reviews": "English film reviews: text, label (positive, negative), title, and the text cut behind its first "
+    "words, which say nothing of the label: opening, rest",
+    "en-reviews-b": "the same in other turns of phrase and partly other words, for a second judge",
 }
 
 ROWS = {None: 12_000, "train": 12_000, "validation": 500, "test": 500}  # where `rows` is not given
@@ -64,6 +67,8 @@ _MAKERS: dict[str, Callable[[Draw, str | None], Row]] = {
     "uk-toxic-news": _toxic_news,
     "uk-news-dirty": _dirty_news,
     "uk-rude-words": lambda draw, split: dict(corpus.rude_word(draw, split)),
+    "en-reviews": lambda draw, split: dict(reviews.REVIEWER_A.review(draw, split)),
+    "en-reviews-b": lambda draw, split: dict(reviews.REVIEWER_B.review(draw, split)),
 }
 
 
@@ -82,8 +87,8 @@ def load(name: str, *, split: str | None = None, rows: int | None = None, seed: 
 
     Args:
         name: one of `NAMES`.
-        split: "train", "validation", "test", or None: the set undivided. Each has people of its own (full names), in
-            all sets alike, so that no text of one split occurs in another split of any set, whatever the seed.
+        split: "train", "validation", "test", or None: the set undivided. Each has people of its own (full names;
+            reviews: films), in all sets alike, so that no text of one split occurs in another split of any set, whatever the seed.
         rows: how many; None: 12,000, or 500 of validation and test.
         seed: another seed, other rows.
 
