@@ -1,4 +1,4 @@
-"""Policy losses, KL estimates and advantages: by hand, against float64, and against TRL's GRPOTrainer on one batch."""
+"""Policy losses and KL estimates: by hand, against float64, and against TRL's trainers on one batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from temper.advantages import group, without_variance
-from temper.losses import divergence, grpo, with_divergence
+from temper.advantages import group
+from temper.losses import divergence, grpo, policy_losses, summed, with_divergence
 from temper.models.scores import Policy
 from temper.trees import Node, Tree, flatten, rows_of
 from tiny_models import VOCABULARY, build
@@ -30,12 +32,12 @@ REWARDS = np.array([[0.1, 0.9, 0.4, 0.4], [1.0, 0.0, 0.25, 0.5]])
 
 def trees(average: str, columns: dict[str, list[list[np.ndarray]]]) -> list[Tree]:
     """Groups as the rl stage builds them: one tree a prompt, columns along the scored tokens."""
-    out = []
+    out, first = [], 0
     for p, prompt in enumerate(PROMPTS):
-        nodes = [
-            Node(c, [1 / len(c) if average == "sequence" else 1.0] * len(c)) for c in COMPLETIONS[p]
-        ]  # fmt: skip
+        nodes = [Node(c, [1.0 if average == "token" else 1 / len(c)] * len(c)) for c in COMPLETIONS[p]]
         extra = {name: np.concatenate(values[p]).astype(np.float32) for name, values in columns.items()}
+        extra["completion"] = np.repeat(np.arange(first, first + len(nodes)), LENGTHS[p]).astype(np.float32)
+        first += len(nodes)
         tree = flatten(Node(prompt, None, tuple(nodes)))
         out.append(Tree(**{**tree.__dict__, "extra": extra}))
     return out
@@ -56,7 +58,7 @@ def columns(model: Any) -> dict[str, list[list[np.ndarray]]]:
                 logits = model(torch.tensor([prompt + c])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 row.append(logits.gather(-1, torch.tensor(c)[:, None])[:, 0].numpy())
             own.append(row)
-    advantage = group(REWARDS)
+    advantage = group(REWARDS).advantage(REWARDS)
     return {
         "old": [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(own, noisy(0.3, 1), strict=True)],
         "reference": [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(own, noisy(0.2, 2), strict=True)],
@@ -81,7 +83,7 @@ def padded(values: list[list[np.ndarray]]) -> torch.Tensor:
     return torch.tensor(np.array(lines), dtype=torch.float32)
 
 
-def trl_trainer(model: Any, folder: Path, **settings: Any) -> Any:
+def trl_trainer(model: Any, folder: Path, kind: str = "GRPO", **settings: Any) -> Any:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from tokenizers import Tokenizer, models
@@ -89,80 +91,182 @@ def trl_trainer(model: Any, folder: Path, **settings: Any) -> Any:
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    arguments = trl.GRPOConfig(
+    arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, max_completion_length=LONGEST,
-        report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False, **settings,
+        report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False, beta=0.0, **settings,
     )  # fmt: skip
-    return trl.GRPOTrainer(
+    return getattr(trl, f"{kind}Trainer")(
         model=model, args=arguments, processing_class=tokenizer, reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=datasets.Dataset.from_dict({"prompt": ["w5 w6", "w7"]}),
     )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("loss_type", "average"), [("grpo", "sequence"), ("bnpo", "token")])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_value_and_gradient_equal_trl(tmp_path: Path, loss_type: str, average: str, beta: float) -> None:
-    model = build("llama").float()
-    found = columns(model)
-    trainer = trl_trainer(model, tmp_path, loss_type=loss_type, beta=0.0, epsilon=0.2, epsilon_high=0.28, delta=1.6)
+def batch_of(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The same completions as TRL's trainers take them."""
     prompt_width = max(map(len, PROMPTS))
     lines = [(p, c) for p, cs in zip(PROMPTS, COMPLETIONS, strict=True) for c in cs]
-    batch = {
+    return {
         "prompt_ids": torch.tensor([[0] * (prompt_width - len(p)) + p for p, _ in lines]),
         "prompt_mask": torch.tensor([[0] * (prompt_width - len(p)) + [1] * len(p) for p, _ in lines]),
         "completion_ids": torch.tensor([c + [0] * (LONGEST - len(c)) for _, c in lines]),
         "completion_mask": torch.tensor([[1] * len(c) + [0] * (LONGEST - len(c)) for _, c in lines]),
-        "advantages": torch.tensor(group(REWARDS).reshape(-1), dtype=torch.float32),
+        "advantages": torch.tensor([a[0] for row in found["advantage"] for a in row], dtype=torch.float32),
         "old_per_token_logps": padded(found["old"]),
         "ref_per_token_logps": padded(found["reference"]),
+        "old_logps": padded(found["old"]).sum(1),
+        "num_items_in_batch": torch.tensor(sum(map(sum, LENGTHS))),
     }
-    trainer.beta = beta  # set afterwards: with one from the start the trainer loads a reference model of its own
+
+
+def composed(name: str, average: str, beta: float, **options: Any) -> Any:
+    """A loss as the rl stage puts it together."""
+
+    def inner(*args: torch.Tensor, **columns: torch.Tensor) -> Any:
+        return policy_losses.get(name)(*args, **columns, **options)
+
+    if beta:
+        inner = with_divergence(inner, beta, "k3")
+    if average in ("sum", "constant"):
+        inner = summed(inner, 1.0 if average == "sum" else LONGEST)
+
+    def loss(*args: torch.Tensor, reference: torch.Tensor, **columns: torch.Tensor) -> Any:
+        return inner(*args, **columns, **({"reference": reference} if beta else {}))
+
+    return loss
+
+
+CLIP: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.28}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "average", "options", "kind", "theirs"),
+    [
+        ("grpo", "sequence", {**CLIP, "delta": 1.6}, "GRPO", {**CLIP, "delta": 1.6, "loss_type": "grpo"}),
+        ("grpo", "token", {**CLIP, "delta": 1.6}, "GRPO", {**CLIP, "delta": 1.6, "loss_type": "bnpo"}),
+        ("dr_grpo", "constant", CLIP, "GRPO", {**CLIP, "loss_type": "dr_grpo"}),
+        ("dapo", "token", {}, "GRPO", {**CLIP, "loss_type": "dapo"}),
+        ("reinforce++", "sequence", CLIP, "GRPO", {**CLIP, "loss_type": "grpo"}),
+        ("cispo", "token", {"ceiling": 1.2}, "GRPO", {"epsilon_high": 1.2, "loss_type": "cispo"}),
+        (
+            "gspo",
+            "sequence",
+            {"epsilon": 0.02, "epsilon_high": 0.04},
+            "GRPO",
+            {"epsilon": 0.02, "epsilon_high": 0.04, "loss_type": "grpo", "importance_sampling_level": "sequence"},
+        ),
+        ("rloo", "sum", CLIP, "RLOO", CLIP),
+    ],
+)
+def test_value_and_gradient_equal_trl(
+    tmp_path: Path, name: str, average: str, options: dict[str, Any], kind: str, theirs: dict[str, Any]
+) -> None:
+    model = build("llama").float()
+    found = columns(model)
+    trainer = trl_trainer(model, tmp_path, kind, **theirs)
     trainer.current_gradient_accumulation_steps = 1
     model.train()
-    model.zero_grad()
-    expected = trainer._compute_loss(model, batch)
-    expected.backward()
-    slopes = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    def loss(logps: torch.Tensor, w: torch.Tensor, *, reference: torch.Tensor, **rest: torch.Tensor) -> Any:
-        inner = lambda a, b, **c: grpo(a, b, epsilon=0.2, epsilon_high=0.28, delta=1.6, **c)  # noqa: E731
-        return (
-            with_divergence(inner, beta, "k3")(logps, w, reference=reference, **rest)
-            if beta
-            else inner(logps, w, **rest)
-        )
-
-    for micro in (16, 512):
-        value, gradient = ours(model, average, found, loss, micro)
-        assert value == pytest.approx(expected.item(), abs=1e-5)
-        assert gradient.keys() == slopes.keys()
-        whole = torch.cat([s.flatten() for s in slopes.values()]).norm()
-        apart = torch.cat([(gradient[n] - s).flatten() for n, s in slopes.items()]).norm()
-        assert apart / whole < 1e-5
-    flat = {n: torch.from_numpy(np.concatenate([v for row in rows for v in row])) for n, rows in found.items()}
-    terms = grpo(flat["reference"], torch.ones(35), flat["advantage"], flat["old"])
+    # the KL of gspo is corrected by the completion's ratio there and by the token's here; TRL's RLOO has it in the reward
+    for beta in (0.0, 0.1) if name not in ("gspo", "rloo") else (0.0,):
+        trainer.beta = beta  # set afterwards: with one from the start the trainer loads a reference model of its own
+        model.zero_grad()
+        expected = trainer._compute_loss(model, batch_of(found))
+        expected.backward()
+        slopes = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for micro in (16, 512):
+            value, gradient = ours(model, average, found, composed(name, average, beta, **options), micro)
+            assert value == pytest.approx(expected.item(), abs=1e-5)
+            assert gradient.keys() == slopes.keys()
+            whole = torch.cat([s.flatten() for s in slopes.values()]).norm()
+            apart = torch.cat([(gradient[n] - s).flatten() for n, s in slopes.items()]).norm()
+            assert apart / whole < 1e-5
+    terms = policy_losses.get(name)(**flat(found), **options)
     assert 0 < float(terms.extras["clipped"].mean()) < 1, "the batch exercises the clipping"
 
 
-def test_advantages_equal_trls_formula_in_float64() -> None:
-    rewards = torch.tensor(REWARDS)
-    expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    assert np.allclose(group(REWARDS), expected.numpy(), atol=1e-12)
-    assert np.allclose(
-        group(REWARDS, scale="batch"), ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)).numpy()
-    )
-    assert np.allclose(group(REWARDS + 3, scale="none"), group(REWARDS, scale="none")), "a constant changes nothing"
+def flat(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Columns of all tokens, one after another, the reference's log-probabilities as if they were the policy's."""
+    out = {n: torch.from_numpy(np.concatenate([v for row in rows for v in row])) for n, rows in found.items()}
+    lengths = [n for row in LENGTHS for n in row]
+    of = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+    return {"logps": out["reference"], "weights": torch.ones(len(of)), "completion": of, "old": out["old"], "advantage": out["advantage"]}  # fmt: skip
 
 
-def test_a_reward_that_is_missing_takes_no_part() -> None:
-    found = group(np.array([[1.0, np.nan, 0.0], [np.nan, np.nan, np.nan], [np.nan, 2.0, np.nan]]), scale="none")
-    assert found.tolist() == [[0.5, 0.0, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    assert without_variance(np.array([[1.0, np.nan, 0.0], [np.nan] * 3, [np.nan, 2.0, np.nan]])).tolist() == [
-        False,
-        True,
-        True,
-    ]
+# What every registered loss keeps to
+
+LINES = st.lists(st.tuples(st.integers(1, 5), st.floats(-2, 2)), min_size=1, max_size=5)  # length, advantage
+
+
+def tokens(lines: list[tuple[int, float]], seed: int) -> dict[str, torch.Tensor]:
+    """Completions of these lengths and advantages, with random log-probabilities and weights of 1/|o|."""
+    lengths = torch.tensor([n for n, _ in lines])
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "logps": -3 * torch.rand(int(lengths.sum()), generator=g, dtype=torch.float64),
+        "weights": (1 / lengths.double()).repeat_interleave(lengths),
+        "advantage": torch.tensor([a for _, a in lines], dtype=torch.float64).repeat_interleave(lengths),
+        "completion": torch.arange(len(lines)).repeat_interleave(lengths).float(),
+    }
+
+
+@pytest.mark.parametrize("name", policy_losses)
+@settings(max_examples=20, deadline=None)
+@given(lines=LINES, seed=st.integers(0, 99))
+def test_at_the_sampling_policy_the_gradient_is_the_advantage(
+    name: str, lines: list[tuple[int, float]], seed: int
+) -> None:
+    columns = tokens(lines, seed)
+    for old in (None, columns["logps"]):
+        logps = columns["logps"].clone().requires_grad_()
+        terms = policy_losses.get(name)(**{**columns, "logps": logps, "old": old})
+        assert terms.values.shape == logps.shape and all(not x.requires_grad for x in terms.extras.values())
+        (terms.values * terms.weights).sum().backward()
+        assert torch.allclose(logps.grad, -columns["advantage"] * columns["weights"], atol=1e-12)  # type: ignore[arg-type]
+        logps.grad = None
+        terms = summed(policy_losses.get(name), 4.0)(**{**columns, "logps": logps, "old": old})
+        (terms.values * terms.weights).sum().backward()
+        assert torch.allclose(logps.grad, -columns["advantage"] / 4, atol=1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", policy_losses)
+@settings(max_examples=20, deadline=None)
+@given(lines=LINES, seed=st.integers(0, 99), cut=st.integers(0, 5))
+def test_no_loss_depends_on_how_a_batch_is_cut(name: str, lines: list[tuple[int, float]], seed: int, cut: int) -> None:
+    columns = tokens(lines, seed)
+    columns["old"] = columns["logps"] + 0.3 * torch.sin(7 * columns["logps"])
+    columns["reference"] = columns["logps"] + 0.2 * torch.cos(5 * columns["logps"])
+    first = columns["completion"] < cut
+    inner = with_divergence(policy_losses.get(name), 0.3, "k2", level="sequence")
+    for loss in (inner, summed(inner)):
+        whole = loss(**columns)
+        for mine in (first, ~first):
+            if mine.any():
+                part = loss(**{n: v[mine] for n, v in columns.items()})
+                assert torch.allclose(part.values, whole.values[mine], atol=1e-12)
+
+
+def test_sequence_level_kl_in_the_loss_is_that_in_the_reward() -> None:
+    """On policy, k2 of whole completions has the gradient that k1 in the reward gives; a token-level k2 has another."""
+    columns = tokens([(3, 1.0), (1, -0.5), (5, 0.2)], seed=3)
+    reference = columns["logps"] + torch.linspace(-1, 1, 9, dtype=torch.float64)
+    kl = torch.stack([(columns["logps"] - reference)[columns["completion"] == n].sum() for n in range(3)])
+    charged = columns["advantage"] - 0.4 * kl.repeat_interleave(torch.tensor([3, 1, 5]))
+
+    def slope(loss: Any, **changed: torch.Tensor) -> torch.Tensor:
+        logps = columns["logps"].clone().requires_grad_()
+        terms = loss(**{**columns, "logps": logps, **changed})
+        return torch.autograd.grad((terms.values * terms.weights).sum(), logps)[0]
+
+    reinforce = policy_losses.get("reinforce")
+    in_reward = slope(summed(reinforce), advantage=charged)
+    in_loss, apart = (slope(summed(with_divergence(reinforce, 0.4, "k2", level=level)), reference=reference) for level in ("sequence", "token"))  # type: ignore[arg-type]  # fmt: skip
+    assert torch.allclose(in_loss, in_reward, atol=1e-12) and not torch.allclose(apart, in_reward, atol=0.1)
+    drawn = torch.tensor([0.0, 0.0, 3.0]).repeat_interleave(torch.tensor([3, 1, 5]))
+    one = slope(summed(with_divergence(reinforce, 0.4, "k2")), reference=reference, drawn=drawn)
+    none = slope(summed(reinforce))
+    assert torch.equal(one[:4], none[:4]) and torch.allclose(one[4:] - none[4:], 3 * (apart - none)[4:])
+    with pytest.raises(ValueError, match="k3 of a whole"):
+        with_divergence(reinforce, 0.1, "k3", level="sequence")
 
 
 def test_without_old_the_ratio_is_one_and_the_gradient_that_of_the_likelihood() -> None:

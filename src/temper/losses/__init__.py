@@ -4,8 +4,9 @@ A loss returns `Terms`: unreduced values, their weights, and detached extras to 
 of the weights over the whole optimiser step and all ranks, so a result does not depend on how a batch was cut.
 """
 
+from temper.losses.divergence import divergence, with_divergence
 from temper.losses.pair import bradley_terry, pair_losses
-from temper.losses.policy import divergence, grpo, policy_losses, with_divergence
+from temper.losses.policy import grpo, policy_losses, summed
 from temper.losses.token import Terms, nll, token_losses
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "nll",
     "pair_losses",
     "policy_losses",
+    "summed",
     "token_losses",
     "with_divergence",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
-from temper.metrics import lexicon, likelihood, rouge, text, toxicity  # noqa: F401 (each registers its own)
+from temper.metrics import diversity, lexicon, likelihood, rouge, text, toxicity  # noqa: F401 (each registers its own)
 from temper.metrics.table import declared, register, registry
 from temper.types import Outputs, Scores
 

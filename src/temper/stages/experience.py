@@ -21,52 +21,18 @@ import numpy as np
 import torch
 
 from temper import rewards
-from temper.advantages import without_variance
-from temper.engine import loop
 from temper.engine.batches import chosen
 from temper.engine.device import autocast
-from temper.errors import TrainingError
 from temper.job import Job
-from temper.losses.policy import divergence
+from temper.losses import divergence
 from temper.models.reference import Reference
 from temper.models.scores import Policy
-from temper.rollouts.decoding import Completion, Decoding
+from temper.rollouts.decoding import Completion
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import write_atomic
-from temper.stages.rollout import Rollout, cuts, mean, packed, scored, text_of, unpacked
+from temper.stages.rollout import Plan, Prompt, Rollout, cuts, packed, scored, text_of, unpacked, until
+from temper.stages.watch import Watch
 from temper.trees import Node, Row, Tree, flatten, rows_of, split
-from temper.types import Record
-
-PATIENCE = 10  # rollouts in a row in which no group has any variance
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A row as the policy is asked it."""
-
-    record: Record
-    ids: list[int]
-    text: str
-    reference: str  # its answer, "" where it has none
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How rollouts are made and used."""
-
-    prompts: int  # of one optimiser step
-    completions: int  # of one prompt: k
-    steps: int  # batches of prompts in a rollout
-    iterations: int  # passes over a rollout
-    row_tokens: int
-    micro_tokens: int
-    decoding: Decoding
-    advantages: Callable[[np.ndarray], np.ndarray]  # rewards [P, k] → [P, k]
-    average: str  # sequence: every completion counts alike; token: every token does
-    mask_cut: bool  # completions cut by the limit are not trained on
-    reward_beta: float  # of the KL term in the reward, 0: none there
-    seed: int
-    samples: int  # completions shown of a rollout
 
 
 class Experience:
@@ -89,7 +55,7 @@ class Experience:
         self.seed = plan.seed
         self.folder = job.dir / "rollouts"
         self.current: tuple[int, list[list[Tree]]] | None = None  # number of the rollout, trees of its batches
-        self.barren = 0
+        self.watch = Watch(job, plan)
 
     @property
     def cycle(self) -> int:
@@ -102,7 +68,7 @@ class Experience:
 
     def ready(self, step: int) -> bool:
         number, within = divmod(step, self.cycle)
-        return within == 0 or self._read(number) is not None
+        return self._read(number) is not None or (within == 0 and self._past(number) is not None)
 
     def rows(self, step: int) -> list[Row]:
         number, within = divmod(step, self.cycle)
@@ -131,8 +97,8 @@ class Experience:
             self.folder.mkdir(exist_ok=True)
             write_atomic(self._file(number), packed(rollout))
         if first:  # a run that goes on in the middle of a rollout has told of it before
-            self._log(number, rollout)
-            self._check(number, rollout)
+            self.watch.log(number * self.cycle + 1, rollout, self.prompts)
+            self.watch.check(number, rollout)
         return rollout
 
     def _chosen(self, number: int) -> list[list[int]]:
@@ -154,16 +120,51 @@ class Experience:
         rollout = Rollout(batches, done, texts, total, each, np.zeros(len(done)), {})
         rollout.columns = {"sampled": np.concatenate([c.logps for c in done]).astype(np.float32)}
         if self.reference is not None:
-            rollout.columns["reference"] = self._score(rollout, self.reference)
+            drawn = self._drawn(number, wanted) if p.kl_one else None
+            rollout.columns["reference"] = self._score(rollout, self.reference, only=drawn)
+            if drawn is not None:  # it stands for all k, so that the mean stays the same
+                rollout.columns["drawn"] = np.repeat(drawn * p.completions, [len(scored(c)) for c in done]).astype(
+                    np.float32
+                )
         if self.cycle > 1 or p.reward_beta:
             rollout.columns["old"] = self._score(rollout, self.policy)
+        spent = np.zeros(len(rollout.columns["sampled"]))
         if p.reward_beta:
-            kl = divergence(*(torch.from_numpy(rollout.columns[c]) for c in ("old", "reference")), "k1").numpy()
-            total -= p.reward_beta * np.array([part.sum() for part in np.split(kl, cuts(done))])
+            old, reference = (torch.from_numpy(rollout.columns[name]) for name in ("old", "reference"))
+            kl = divergence(old, reference, "k1").numpy()
+            spent = p.reward_beta * kl.astype(np.float64) * rollout.columns.get("drawn", 1.0)
+            total -= np.array([part.sum() for part in np.split(spent, cuts(done))])
         if self.cycle == 1:
             rollout.columns.pop("old", None)  # the ratio is 1: the update's own pass gives the same numbers
-        rollout.advantage = p.advantages(total.reshape(-1, p.completions)).reshape(-1)
+        self._judge(number, rollout, spent)
         return rollout
+
+    def _judge(self, number: int, rollout: Rollout, spent: np.ndarray) -> None:
+        """Advantages. `spent` [S]: what each token's KL takes from the reward."""
+        past = self._past(number)
+        assert past is not None  # `ready` goes back to before a rollout whose forerunner is gone
+        rewards_P_k = rollout.total.reshape(-1, self.plan.completions)
+        baseline = self.plan.advantages(rewards_P_k, float(past[0] / past[1]) if past[1] else np.nan)
+        rollout.advantage = baseline.advantage(rewards_P_k).reshape(-1)
+        rollout.past = past + np.array([np.nansum(rollout.total), (~np.isnan(rollout.total)).sum()])
+        if self.plan.reward_beta and self.plan.kl_level == "token":
+            # the KL before a token is no consequence of it: what is left is the return from there on
+            lengths = [len(scored(c)) for c in rollout.done]
+            unit = np.repeat(baseline.spread.reshape(-1), lengths)
+            rollout.columns["relief"] = np.nan_to_num(until(spent, rollout.done) / unit).astype(np.float32)
+
+    def _past(self, number: int) -> np.ndarray | None:
+        """Sum and number of the rewards before a rollout; None if they are needed and gone."""
+        if self.plan.compares != "past" or number <= 0:
+            return np.zeros(2)
+        kept = self._read(number - 1)
+        return None if kept is None else kept.past
+
+    def _drawn(self, number: int, wanted: list[int]) -> np.ndarray:
+        """Which completion of each prompt the KL is measured on: bool [N], a function of seed, rollout and prompt."""
+        k, seed = self.plan.completions, self.seed
+        place = [int(np.random.default_rng([seed, number + 1, n]).integers(k)) for n in self._numbers(wanted)]
+        return (np.arange(k) == np.array(place)[:, None]).reshape(-1)
 
     def _numbers(self, wanted: list[int]) -> list[int]:
         """A number of its own for each prompt's noise: one that a rollout meets twice is answered anew."""
@@ -179,9 +180,16 @@ class Experience:
         )  # fmt: skip
         return rewards.compute(self.parts, given)
 
-    def _score(self, rollout: Rollout, model: Callable[[Row], torch.Tensor]) -> np.ndarray:
-        """Log-probabilities of all scored tokens by the trainer's own pass [S], dropout off."""
-        trees = [t for batch in self._trees(dataclasses.replace(rollout, columns={}), every=True) for t in batch]
+    def _score(
+        self, rollout: Rollout, model: Callable[[Row], torch.Tensor], *, only: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Log-probabilities of all scored tokens by the trainer's own pass [S], dropout off.
+
+        Args:
+            only: the completions [N] that are passed; of others the log-probability in sampling is given.
+        """
+        some = dataclasses.replace(rollout, columns={})
+        trees = [t for batch in self._trees(some, every=True, only=only) for t in batch]
         place = {id(t): k for k, t in enumerate(trees)}
         out: list[np.ndarray] = [np.zeros(0)] * len(trees)
         self.policy.eval()
@@ -191,38 +199,58 @@ class Experience:
                 ends = np.cumsum([len(t.tgt) for t in row.trees])
                 for tree, part in zip(row.trees, np.split(found, ends[:-1]), strict=True):
                     out[place[id(tree)]] = part
-        return np.concatenate(out).astype(np.float32)
+        whole = rollout.columns["sampled"].copy()
+        passed = np.ones(len(rollout.done), bool) if only is None else only
+        whole[np.repeat(passed, [len(scored(c)) for c in rollout.done])] = np.concatenate(out)
+        return whole
 
     def _autocast(self) -> Any:
         return autocast(self.policy.device, self.precision)
 
     # Rollout → trees
 
-    def _trees(self, rollout: Rollout, *, every: bool = False) -> list[list[Tree]]:
-        """One tree a prompt, in the batches that the optimiser steps take. `every`: masked completions score too."""
+    def _trees(self, rollout: Rollout, *, every: bool = False, only: np.ndarray | None = None) -> list[list[Tree]]:
+        """One tree a prompt, in the batches that the optimiser steps take.
+
+        Args:
+            every: completions that are masked score too.
+            only: the completions [N] that the trees hold; None: all.
+        """
         k = self.plan.completions
         counted = [every or self._counts(rollout, n) for n in range(len(rollout.done))]
         edges = np.cumsum([0, *(len(batch) for batch in rollout.batches)])
         for low, high in itertools.pairwise((edges * k).tolist()):
             if not any(counted[low:high]):  # a step needs something: advantages of 0, so only a KL acts
                 counted[low:high] = [True] * (high - low)
-        advantage = np.where([self._counts(rollout, n) for n in range(len(counted))], rollout.advantage, 0.0)
         ends = np.cumsum([len(scored(c)) for c in rollout.done])
         trees = []
         for p, index in enumerate(rollout.prompts):
-            nodes, extra = [], {name: [np.zeros(0, np.float32)] for name in ("advantage", *rollout.columns)}
+            nodes, columns = [], []
             for n in range(p * k, p * k + k):
+                if only is not None and not only[n]:
+                    continue
                 ids = scored(rollout.done[n])
-                weight = 1 / max(1, len(ids)) if self.plan.average == "sequence" else 1.0
+                weight = 1.0 if self.plan.token_weights else 1 / max(1, len(ids))
                 nodes.append(Node(ids, [weight * counted[n]] * len(ids)))
                 if counted[n]:
-                    extra["advantage"].append(np.full(len(ids), advantage[n], np.float32))
-                    for name, values in rollout.columns.items():
-                        extra[name].append(values[ends[n] - len(ids) : ends[n]])
+                    columns.append(self._columns(rollout, n, slice(ends[n] - len(ids), ends[n])))
             prompt = self.prompts[index]
             tree = flatten(Node(prompt.ids, None, tuple(nodes)), prompt.record.where)
-            trees.append(dataclasses.replace(tree, extra={name: np.concatenate(v) for name, v in extra.items()}))
+            names = self._columns(rollout, 0, slice(0, 0))
+            extra = {name: np.concatenate([names[name], *(c[name] for c in columns)]) for name in names}
+            trees.append(dataclasses.replace(tree, extra=extra))
         return [trees[low:high] for low, high in itertools.pairwise(edges.tolist())]
+
+    def _columns(self, rollout: Rollout, n: int, tokens: slice) -> dict[str, np.ndarray]:
+        """What a loss reads beside the tokens of one completion, float32 each."""
+        found = {name: values[tokens] for name, values in rollout.columns.items()}
+        trained = float(self._counts(rollout, n))  # a masked one may score, and has no advantage
+        advantage = rollout.advantage[n] + found.pop("relief", np.zeros(tokens.stop - tokens.start))
+        return {
+            **found,
+            "advantage": (trained * advantage).astype(np.float32),
+            "completion": np.full(tokens.stop - tokens.start, n, np.float32),
+        }
 
     def _counts(self, rollout: Rollout, n: int) -> bool:
         return not (np.isnan(rollout.total[n]) or (self.plan.mask_cut and not rollout.done[n].ended))
@@ -241,48 +269,7 @@ class Experience:
         """Rollouts that no kept checkpoint is in the middle of."""
         steps = [int(p.name.split("-")[1]) for p in (self.job.dir / "checkpoints").glob("step-*")]
         oldest = min([*(s // self.cycle for s in steps), number])
+        oldest -= self.plan.compares == "past"  # the next one's baseline stands in it
         for file in self.folder.glob("*.rollout"):
             if int(file.stem) < oldest:
                 file.unlink()
-
-    # What is told
-
-    def _log(self, number: int, r: Rollout) -> None:
-        groups = r.total.reshape(-1, self.plan.completions)
-        step = number * self.cycle + 1
-        line = {
-            "step": step,
-            "reward": mean(r.total),
-            **{f"reward_{name}": mean(values) for name, values in r.each.items()},
-            "reward_std": mean(np.nanstd(groups, axis=1)) if not np.isnan(groups).all(axis=1).any() else None,
-            "length": float(np.mean([len(c.ids) for c in r.done])),
-            "cut": float(np.mean([not c.ended for c in r.done])),
-            "entropy": float(-r.columns["sampled"].mean()),
-            "groups_without_variance": float(without_variance(groups).mean()),
-        }
-        if self.plan.reward_beta:  # where the KL is in the loss, each step logs its own
-            line["kl"] = float((r.columns["sampled"] - r.columns["reference"]).mean())
-        loop.append(self.job.dir / "metrics.jsonl", line)
-        for n in range(0, len(r.done), self.plan.completions)[: self.plan.samples]:
-            asked = self.prompts[r.prompts[n // self.plan.completions]]
-            loop.append(
-                self.job.dir / "samples.jsonl",
-                {"step": step, "prompt": asked.text, "completion": r.texts[n], "reference": asked.reference,
-                 "reward": None if np.isnan(r.total[n]) else round(float(r.total[n]), 4)},
-            )  # fmt: skip
-
-    def _check(self, number: int, r: Rollout) -> None:
-        groups = r.total.reshape(-1, self.plan.completions)
-        if all(not c.ended for c in r.done):
-            self.job.warn(
-                f"there are rollouts all of whose completions were cut by max_new_tokens ({self.plan.decoding.max_new_tokens}): "
-                "rewards judge half sentences, and the policy never learns to stop"
-            )
-        self.barren = self.barren + 1 if without_variance(groups).all() else 0
-        if self.barren and (number == 0 or self.barren >= PATIENCE):
-            raise TrainingError(
-                f"in {'the first rollout' if number == 0 else f'{self.barren} rollouts in a row'} all completions of every "
-                f"prompt had the same reward ({mean(r.total)}): every advantage is 0, and nothing would be learnt",
-                where="«" + r.texts[0][:120] + "»",
-                do="look at samples.jsonl; a reward that tells answers apart, a higher temperature, more completions",
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +17,18 @@ from temper.engine import device as devices
 from temper.engine.loop import Loop
 from temper.errors import DataError, RecipeError, TrainingError
 from temper.job import Job
-from temper.losses import Terms, policy_losses, with_divergence
+from temper.losses import Terms, policy_losses, summed, with_divergence
+from temper.losses.divergence import Estimator, Level
 from temper.models import load
 from temper.models.reference import Reference
 from temper.models.scores import Policy
 from temper.recipe import ClassifierRef, Config, DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
+from temper.stages import algorithms
 from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge
+from temper.stages.rollout import Collapse
 from temper.stages.sft import NO_LIMIT, format_of
 from temper.stages.training import TrainingStage, announce, finish, note_trained_on, open_policy, probe, read_split
 from temper.trees import Row
@@ -38,13 +40,33 @@ GAP = {"float32": 0.02, "bf16": 0.2, "fp16": 0.2}
 class Kl(Config):
     """How far the policy is held to the model it started from."""
 
-    beta: float = detail(0.04, "Weight of the KL term; 0: none.", ge=0)
-    place: Literal["loss", "reward"] = detail("loss", "loss: every token's own; reward: the completion's sum.")
-    estimator: Literal["k1", "k2", "k3"] | None = detail(
-        None, "k1 = −r, k2 = r²/2, k3 = eʳ − r − 1 with r = log p_ref − log p; null: k3 in the loss, k1 in the reward."
+    beta: float = detail(0.04, "Weight of the KL term; 0: none. Its default is the algorithm's.", ge=0)
+    place: Literal["loss", "reward"] = detail("loss", "loss or reward. Its default is the algorithm's.")
+    level: Level = detail(
+        "token",
+        "In the reward, sequence (the default there): a completion bears the KL of all its tokens; token: a token bears its own "
+        "and what comes after it. In the loss, token (the default there): each token's own; sequence: the completion's.",
     )
-
+    estimator: Estimator = detail(
+        "k3",
+        "k1 = −r, k2 = r²/2, k3 = eʳ − r − 1 with r = log p_ref − log p. In the reward k1; in the loss k3, at level "
+        "sequence k2.",
+    )
+    samples: Literal["all", "one"] = detail(
+        "all",
+        "Measure it on all completions of a prompt, or on one drawn at random, for fewer passes of the reference.",
+    )
     corrected: bool = detail(True, "Multiply k3 by the ratio p / p_old: its gradient is then the KL's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, value: Any) -> Any:
+        """What follows from the place and the level."""
+        if not isinstance(value, dict):
+            return value
+        in_reward = value.get("place") == "reward"
+        level = value.get("level", "sequence" if in_reward else "token")
+        return {"level": level, "estimator": "k1" if in_reward else "k2" if level == "sequence" else "k3", **value}
 
     @model_validator(mode="after")
     def _sound(self) -> Kl:
@@ -60,6 +82,12 @@ class Kl(Config):
                 where="kl.estimator",
                 do="estimator: k1, or place: loss",
             )
+        if self.place == "loss" and self.level == "sequence" and self.estimator == "k3":
+            raise RecipeError(
+                "kl: k3 of a whole completion grows with e to the sum of its tokens' log-ratios",
+                where="kl.estimator",
+                do="estimator: k2, or level: token",
+            )
         return self
 
 
@@ -72,7 +100,9 @@ class Rl(TrainingStage):
     data: DataRef = detail(..., "A data stage whose prompts (its split train) are answered.")
     algorithm: str | dict[str, Any] = detail("grpo", "A name or {name: {option: value}}; see `temper list algorithms`.")
     advantage: str | dict[str, Any] = detail(
-        "group", "How rewards become advantages; see `temper list advantages`. A name or {name: {option: value}}."
+        "group",
+        "How rewards become advantages; see `temper list advantages`. A name or {name: {option: value}}. Its default is "
+        "the algorithm's.",
     )
     reward: list[str | dict[str, Any]] = detail(
         ..., "[{NAME: {option: value}, weight: 1}]; see `temper list rewards`; or MODULE:FUNCTION.", min_length=1
@@ -84,11 +114,15 @@ class Rl(TrainingStage):
     rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
     iterations: int = detail(1, "Passes over each rollout.", ge=1)
     decoding: Decoding = detail(Decoding(temperature=1.0), "How completions are sampled.")
-    average: Literal["sequence", "token"] = detail(
-        "sequence", "sequence: every completion counts alike (GRPO); token: every token does (DAPO)."
+    average: algorithms.Average = detail(
+        "sequence",
+        "sequence: every completion counts alike, by the mean of its tokens (GRPO); sum: by their sum (RLOO, REINFORCE); "
+        "constant: by their sum over max_new_tokens (Dr. GRPO); token: every token counts alike (DAPO). Its default is the "
+        "algorithm's.",
     )
-    mask_cut: bool = detail(False, "Do not train on completions that max_new_tokens cut.")
+    mask_cut: bool = detail(False, "Do not train on completions that max_new_tokens cut. On by default in dapo alone.")
     kl: Kl = detail(Kl(), "The KL term to the model before training.")
+    collapse: Collapse = detail(Collapse(), "When to warn that variety is lost.", affects_result=False)
     lr: float = detail(1e-5, "Peak learning rate.", gt=0)
     schedule: str = detail("constant", "cosine, linear or constant; see `temper list schedules`.")
     row_tokens: int = detail(1024, "Prompts with their completions are packed into rows of this many tokens.", ge=16)
@@ -98,6 +132,12 @@ class Rl(TrainingStage):
     slots: int = detail(64, "Completions sampled at once.", ge=1, affects_result=False)
     samples: int = detail(4, "Completions of each rollout kept in samples.jsonl.", ge=0, affects_result=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, value: Any) -> Any:
+        """What the algorithm sets where the recipe does not."""
+        return algorithms.filled(value) if isinstance(value, dict) else value
+
     @field_validator("decoding", mode="before")
     @classmethod
     def _sampled(cls, value: Any) -> Any:
@@ -106,12 +146,11 @@ class Rl(TrainingStage):
 
     @model_validator(mode="after")
     def _sound(self) -> Rl:
-        if self.completions == 1:
-            raise RecipeError(
-                "completions: 1 gives groups of one, whose advantage is always 0",
-                where="completions",
-                do="ask for 2 or more; 8 is usual",
-            )
+        updates = self.rollout_steps * self.iterations
+        batch = self.batch_size * self.accumulation * self.completions * self.rollout_steps
+        algorithms.check(
+            self.algorithm, self.advantage, self.average, completions=self.completions, batch=batch, updates=updates
+        )
         d = self.decoding
         if d.temperature == 0:
             raise RecipeError(
@@ -144,7 +183,7 @@ class Rl(TrainingStage):
     @field_validator("algorithm", "advantage")
     @classmethod
     def _known(cls, value: str | dict[str, Any], info: Any) -> str | dict[str, Any]:
-        _configured(policy_losses if info.field_name == "algorithm" else advantages, value, info.field_name)
+        algorithms.named(policy_losses if info.field_name == "algorithm" else advantages, value, info.field_name)
         return value
 
     def fingerprint(self, folder: Path) -> dict[str, Any]:
@@ -202,24 +241,30 @@ class Rl(TrainingStage):
             row_tokens=self.row_tokens,
             micro_tokens=self.micro_tokens,
             decoding=self.decoding,
-            advantages=_configured(advantages, self.advantage, "advantage"),
-            average=self.average,
+            advantages=algorithms.configured(advantages, self.advantage, "advantage"),
+            compares=algorithms.compares(self.advantage),
+            token_weights=self.average == "token",
             mask_cut=self.mask_cut,
             reward_beta=self.kl.beta if self.kl.place == "reward" else 0.0,
+            kl_level=self.kl.level,
+            kl_one=self.kl.samples == "one",
             seed=job.seed,
             samples=self.samples,
+            collapse=self.collapse,
         )
 
     def _loss(self, precision: str) -> Callable[..., Terms]:
-        inner = _configured(policy_losses, self.algorithm, "algorithm")
-        if self.kl.beta and self.kl.place == "loss":
-            inner = with_divergence(inner, self.kl.beta, self.kl.estimator or "k3", corrected=self.kl.corrected)
+        inner, kl = algorithms.configured(policy_losses, self.algorithm, "algorithm"), self.kl
+        if kl.beta and kl.place == "loss":
+            inner = with_divergence(inner, kl.beta, kl.estimator, corrected=kl.corrected, level=kl.level)
+        if self.average in ("sum", "constant"):
+            inner = summed(inner, 1.0 if self.average == "sum" else self.decoding.max_new_tokens)
 
         def loss(
             logps: torch.Tensor, weights: torch.Tensor, *, sampled: torch.Tensor, **columns: torch.Tensor
         ) -> Terms:
-            if self.kl.place == "reward":
-                columns.pop("reference", None)  # it has done its work in the reward
+            if kl.place == "reward":  # they have done their work in the reward
+                columns = {n: v for n, v in columns.items() if n not in ("reference", "drawn")}
             terms = inner(logps, weights, **columns)
             gap = (columns.get("old", logps.detach()) - sampled).abs()
             if gap.mean() > GAP[precision]:
@@ -269,13 +314,3 @@ class Rl(TrainingStage):
                 f"the reference is not the policy before the first step: log-probabilities differ by up to {difference:.2g} nats",
                 do="was the adapter trained before? merge it first: merge: true in the stage that made it",
             )
-
-
-def _configured(registry: Any, value: str | dict[str, Any], field: str) -> Callable[..., Any]:
-    """A function of a registry with the options of the recipe."""
-    if isinstance(value, dict) and len(value) != 1:
-        raise RecipeError(
-            f"{value!r} is not one {registry.kind}", where=field, do="write a name, or {name: {option: value}}"
-        )
-    name, options = (value, {}) if isinstance(value, str) else next(iter(value.items()))
-    return functools.partial(registry.get(name, where=field), **registry.check(name, options or {}, where=field))

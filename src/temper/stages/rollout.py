@@ -1,4 +1,4 @@
-"""One rollout: what was written, what it was worth; to disk and back, bit for bit.
+"""One rollout: how it is made, what was written, what it was worth; to disk and back, bit for bit.
 
 Legend: P prompts, k completions of each, N = P·k; S scored tokens (a completion with its end token).
 """
@@ -7,14 +7,58 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 
-from temper.rollouts.decoding import Completion
+from temper.advantages import Baseline
+from temper.recipe import Config, detail
+from temper.rollouts.decoding import Completion, Decoding
+from temper.types import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A row as the policy is asked it."""
+
+    record: Record
+    ids: list[int]
+    text: str
+    reference: str  # its answer, "" where it has none
+
+
+class Collapse(Config):
+    """When training warns that rewards rise at the cost of variety."""
+
+    rollouts: int = detail(20, "Rollouts that are looked at, the later half against the earlier; 0: never.", ge=0)
+    distinct_2: float = detail(0.6, "Warn where distinct_2 falls, and below this.", ge=0, le=1)
+    variety: float = detail(0.3, "Warn where 1 − self_bleu falls, and below this.", ge=0, le=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How rollouts are made and used."""
+
+    prompts: int  # of one optimiser step
+    completions: int  # of one prompt: k
+    steps: int  # batches of prompts in a rollout
+    iterations: int  # passes over a rollout
+    row_tokens: int
+    micro_tokens: int
+    decoding: Decoding
+    advantages: Callable[[np.ndarray, float], Baseline]  # rewards [P, k], mean of earlier rollouts
+    compares: str  # group: completions of one prompt; batch, past or nothing: of the whole rollout
+    token_weights: bool  # every token counts alike, not every completion
+    mask_cut: bool  # completions cut by the limit are not trained on
+    reward_beta: float  # of the KL term in the reward, 0: none there
+    kl_level: str  # there: sequence, a completion bears all of its KL; token, a token what is its own and comes after
+    kl_one: bool  # the KL is measured on one completion of each prompt, drawn at random, for all
+    seed: int
+    samples: int  # completions shown of a rollout
+    collapse: Collapse
 
 
 @dataclasses.dataclass
@@ -27,7 +71,10 @@ class Rollout:
     total: np.ndarray  # [N] reward, nan: none
     each: dict[str, np.ndarray]  # [N] by name, unweighted
     advantage: np.ndarray  # [N]
-    columns: dict[str, np.ndarray]  # [S] by name: sampled, and where they are needed old and reference
+    # [S] by name: sampled, and where they are needed old, reference, drawn (weight of the token's KL) and relief (what a
+    # token's advantage exceeds its completion's by)
+    columns: dict[str, np.ndarray]
+    past: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2))  # sum and number of all rewards so far
 
     @property
     def prompts(self) -> list[int]:
@@ -69,6 +116,7 @@ def packed(r: Rollout) -> bytes:
         "texts": np.frombuffer("\0".join(t.replace("\0", "") for t in r.texts).encode() or b"\0", np.uint8).copy(),
         "total": r.total,
         "advantage": r.advantage,
+        "past": r.past,
         **{f"each.{name}": values for name, values in r.each.items()},
         **{f"columns.{name}": values for name, values in r.columns.items()},
     }
@@ -89,4 +137,9 @@ def unpacked(raw: bytes, batches: list[list[int]]) -> Rollout | None:
     texts = bytes(a["texts"]).decode().split("\0")
     each = {n.removeprefix("each."): v for n, v in a.items() if n.startswith("each.")}
     columns = {n.removeprefix("columns."): v for n, v in a.items() if n.startswith("columns.")}
-    return Rollout(batches, done, texts, a["total"], each, a["advantage"], columns)
+    return Rollout(batches, done, texts, a["total"], each, a["advantage"], columns, a["past"])
+
+
+def until(values: np.ndarray, done: Sequence[Completion]) -> np.ndarray:
+    """The sum of a completion's values before each of its tokens [S]."""
+    return np.concatenate([np.cumsum(part) - part for part in np.split(values, cuts(done))])
