@@ -43,6 +43,9 @@ SAMPLE = Outputs(
     nll=np.array([6.0, 2.5, 3.0, 0.5]),
     tokens=np.array([3, 4, 2, 1]),
     toxicity=np.array([[0.1, 0.7], [0.9, 0.2], [0.4, 0.3], [0.55, 0.6]]),
+    rewards=np.array([0.5, -1.5, 2.0, 0.25]),
+    second_rewards=np.array([-3.0, 1.0, 0.5, 0.0]),
+    reward_models=("one", "other#pos"),
     kl=np.array([0.5, 0.0, 2.5, 1.0]),
     classifier="judge",
 )
@@ -71,6 +74,9 @@ def test_a_subset_of_rows_has_the_score_of_their_summed_statistics(name):
             nll=SAMPLE.nll[pick],
             tokens=SAMPLE.tokens[pick],
             toxicity=SAMPLE.toxicity[pick],
+            rewards=SAMPLE.rewards[pick],
+            second_rewards=SAMPLE.second_rewards[pick],
+            reward_models=SAMPLE.reward_models,
             kl=SAMPLE.kl[pick],
             classifier=SAMPLE.classifier,
         )
@@ -315,3 +321,10 @@ def test_any_shared_text_equals_itself():
                 assert value("rougeL", outputs(strings, strings)) == 1
     if not found:
         pytest.skip("no texts found")
+
+
+def test_rewards_say_whose_they_are():
+    scores = metrics.compute(["reward"], SAMPLE)
+    assert {n: s.value for n, s in scores.items()} == {"reward_mean": 0.3125, "second_reward_mean": -0.375}
+    assert [s.signature for s in scores.values()] == ["reward_mean|by:one", "second_reward_mean|by:other#pos"]
+    assert metrics.asks_of_reward_model(["rouge", "reward"]) and not metrics.asks_of_reward_model(["rouge"])

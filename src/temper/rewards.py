@@ -4,6 +4,7 @@ A recipe composes them with weights, and each is logged on its own:
 
     reward: [{toxicity: {invert: true}, weight: 0.7}, {rouge: {variant: rougeL}, weight: 0.3}]
     reward: [{"my_rewards:politeness": {}, weight: 1.0}]
+    reward: [{model: {}, weight: 1.0}]          the stage's reward_model, on prompt and completion as one text
 
 Adding one is a function of `Given` and its own keyword-only options, which returns one number a completion, or None
 where it has nothing to say.
@@ -46,6 +47,8 @@ class Given:
     toxicity: Callable[[Sequence[str]], np.ndarray] | None = (
         None  # texts → probability [N], where there is a classifier
     )
+    wholes: Sequence[str] = ()  # prompt and completion as one text, without special tokens
+    scores: Callable[[Sequence[str]], np.ndarray] | None = None  # texts → rewards [N], where there is a reward model
 
 
 Reward = Callable[..., Sequence[float | None]]
@@ -58,6 +61,13 @@ def toxicity(given: Given, *, invert: bool = False) -> list[float]:
     assert given.toxicity is not None  # a recipe without a classifier is refused before
     found = given.toxicity(given.completions)
     return (1 - found if invert else found).tolist()  # type: ignore[no-any-return]
+
+
+@rewards.register("model")
+def model(given: Given) -> list[float]:
+    """Reward of prompt and completion as one text, by the stage's reward model."""
+    assert given.scores is not None  # a recipe without a reward model is refused before
+    return given.scores(given.wholes).tolist()  # type: ignore[no-any-return]
 
 
 @rewards.register("rouge")
@@ -276,7 +286,7 @@ def _culprit(part: Part, given: Given, error: Exception) -> tuple[str, Exception
     for k, record in enumerate(given.rows):
         one = Given(
             given.prompts[k : k + 1], given.completions[k : k + 1], given.references[k : k + 1], [record],
-            given.ids[k : k + 1], given.toxicity,
+            given.ids[k : k + 1], given.toxicity, given.wholes[k : k + 1], given.scores,
         )  # fmt: skip
         try:
             part.call(one)

@@ -28,6 +28,7 @@ class Outputs:
     `ended` says whether the model ended its answer itself rather than by the length limit.
     `kl` is the divergence of this model from another along its own prediction, in nats summed over its tokens.
     `toxicity` is a classifier's probability that each of a prompt's k answers is toxic, its prediction first.
+    `rewards` are a reward model's, of each prompt and prediction as one text; `second_rewards` are another one's.
     """
 
     prompts: list[str]
@@ -40,6 +41,9 @@ class Outputs:
     kl: np.ndarray | None = None  # float64 [N]
     kl_to: str = ""  # the model that `kl` is measured from
     classifier: str = ""  # which one and which of its labels: part of the signature of what it scored
+    rewards: np.ndarray | None = None  # float64 [N]
+    second_rewards: np.ndarray | None = None  # float64 [N]
+    reward_models: tuple[str, ...] = ()  # which they are
 
 
 def mean_of_rows(sums: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
-from temper.metrics import diversity, lexicon, likelihood, rouge, text, toxicity  # noqa: F401 (each registers its own)
+from temper.metrics import diversity, lexicon, likelihood, reward, rouge, text, toxicity  # noqa: F401 (each registers its own)
 from temper.metrics.table import declared, register, registry
 from temper.types import Outputs, Scores
 
@@ -25,6 +25,7 @@ __all__ = [
     "Request",
     "Spec",
     "asks_of_classifier",
+    "asks_of_reward_model",
     "compute",
     "describe",
     "names",
@@ -110,6 +111,11 @@ def asks_of_classifier(spec: Spec) -> dict[str, Any] | None:
     return next((r.options for r in read(spec) if declared[r.name].reads == "toxicity"), None)
 
 
+def asks_of_reward_model(spec: Spec) -> bool:
+    """Whether any metric reads `outputs.rewards`."""
+    return any(declared[request.name].reads == "reward" for request in read(spec))
+
+
 def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Scores]:
     """Scores by name, in the order asked for.
 
@@ -131,7 +137,7 @@ def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Score
 
 def _check_lengths(outputs: Outputs, where: str) -> None:
     columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens,
-               outputs.toxicity, outputs.kl]  # fmt: skip
+               outputs.toxicity, outputs.kl, outputs.rewards, outputs.second_rewards]  # fmt: skip
     lengths = {len(column) for column in columns if column is not None}
     if len(lengths) > 1:
         raise ValueError(f"columns of outputs differ in length: {sorted(lengths)}")

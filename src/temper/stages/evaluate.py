@@ -20,7 +20,7 @@ from temper.errors import DataError, RecipeError, nearest
 from temper.job import Job
 from temper.models import adapters, load
 from temper.models.scores import Policy
-from temper.recipe import ClassifierRef, Config, DataRef, ModelRef, Recipe, Stage, detail, replica, stages
+from temper.recipe import ClassifierRef, Config, DataRef, ModelRef, Recipe, RewardRef, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import Result, read_sealed, write_json, write_sealed
@@ -69,6 +69,14 @@ class Evaluate(Stage):
     classifier: ClassifierRef | None = detail(
         None, "What the metric toxicity asks: a classifier stage, a folder, or a hub id (id@revision)."
     )
+    reward_model: RewardRef | None = detail(
+        None, "What the metric reward asks: a stage of kind reward or classifier, a folder, or a hub id (id@revision)."
+    )
+    reward_label: str | None = detail(None, "Of a reward model with several labels: the one whose logit is the reward.")
+    second_reward_model: RewardRef | None = detail(
+        None, "A reward model that nothing was trained on, to see whether rewards rise by the first one's faults."
+    )
+    second_reward_label: str | None = detail(None, "As reward_label, of the second reward model.")
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
     samples: int = detail(
@@ -102,6 +110,14 @@ class Evaluate(Stage):
                     raise ValueError(
                         f"expect names the {what} «{name}», which is not evaluated; {nearest(name, known)}"
                     )
+        judging.check_reward_model(
+            self.reward_model,
+            self.reward_label,
+            asked=metrics.asks_of_reward_model(self.metrics),
+            by="the metric reward",
+        )
+        if self.reward_model is None and (self.second_reward_model or self.second_reward_label):
+            raise ValueError("second_reward_model is named, and no reward_model: there is nothing that it is second to")
         judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
         return self
 
@@ -118,15 +134,16 @@ class Evaluate(Stage):
         records = self._records(job)
         asked = metrics.asks_of_classifier(self.metrics)
         judge = judging.Judge(job, str(self.classifier), asked["label"]) if asked else None
+        rewarders = self._rewarders(job)
         copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
         outputs: dict[str, Outputs] = {}
         for name in [*self.models, *copies]:
-            outputs[name] = self._answers(job, name, records, judge)
+            outputs[name] = self._answers(job, name, records, judge, rewarders)
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)
         self._write_rows(job, outputs, {n: scores[n] for n in self.models})
         entry = {
-            "data": {"name": self._split_name(), "rows": len(records), "sha256": _content(records)},
+            "data": {"name": self._split_name(), "rows": len(records), "sha256": scoring.content(records)},
             "decoding": self.decoding.model_dump(),
             "rows": f"{job.name}/rows.parquet",
             "models": {n: compare.values(scores[n], seed=job.seed, resamples=self.resamples) for n in self.models},
@@ -137,6 +154,17 @@ class Evaluate(Stage):
         job.counts = {"examples": len(records)}  # nothing is trained here
         self._say(job, entry)
         compare.check(self.expect, scores)
+
+    def _rewarders(self, job: Job) -> dict[str, judging.Rewarder]:
+        """Reward models by what their rewards are called, opened: what is wrong with one is told before anything is decoded."""
+        named = {
+            "rewards": (self.reward_model, self.reward_label),
+            "second_rewards": (self.second_reward_model, self.second_reward_label),
+        }
+        found = {key: judging.Rewarder(job, ref, label) for key, (ref, label) in named.items() if ref is not None}
+        for rewarder in found.values():
+            rewarder.model  # noqa: B018  opened
+        return found
 
     def _split_name(self) -> str:
         return self.data if "." in self.data else f"{self.data}.test"
@@ -160,7 +188,14 @@ class Evaluate(Stage):
                     )
         return records
 
-    def _answers(self, job: Job, name: str, records: list[Record], judge: judging.Judge | None) -> Outputs:
+    def _answers(
+        self,
+        job: Job,
+        name: str,
+        records: list[Record],
+        judge: judging.Judge | None,
+        rewarders: dict[str, judging.Rewarder],
+    ) -> Outputs:
         """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
         kept = job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
         found = read_sealed(kept)
@@ -171,9 +206,13 @@ class Evaluate(Stage):
                 job.warn(warning)
             job.facts.update(found["facts"])
             job.counts.update(found["counts"])
-            return _outputs(found["outputs"])
+            return scoring.outputs_of(found["outputs"])
         served = job.model(name).endpoint
         out = self._served(job, served, records) if served else self._local(job, name, records)
+        wholes = out.pop("wholes")
+        for key, rewarder in rewarders.items():
+            out[key] = rewarder(wholes).tolist()
+        out["reward_models"] = [rewarder.name for rewarder in rewarders.values()]
         if texts := out.pop("texts"):
             out["predictions"] = texts[:: self.samples]
             if judge is not None:
@@ -184,21 +223,24 @@ class Evaluate(Stage):
                     f"{cut} of {len(records)} answers of {name} were cut by max_new_tokens "
                     f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
                 )
-            for odd in summary.oddities(name, _outputs(out)):
+            for odd in summary.oddities(name, scoring.outputs_of(out)):
                 job.warn(odd)
         kept.parent.mkdir(exist_ok=True)
         noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
         write_sealed(kept, {"outputs": out, **noted})
-        return _outputs(out)
+        return scoring.outputs_of(out)
 
     def _served(self, job: Job, at: address.Address, records: list[Record]) -> dict[str, Any]:
         """What a model behind an endpoint answers: columns of `Outputs`, and all samples as «texts», row by row."""
         teacher = Served(job, at, format_of(job, self.data), self.decoding, concurrency=self.concurrency)
         with job.progress(len(records) * self.samples, f"{at.model} answers") as bar:
             drawn = [teacher.ask(records, range(len(records)), k, bar) for k in range(self.samples)]
-        return _columns(
-            prompts=[text_of(teacher.prompt(r)) or "" for r in records],
+        prompts = [text_of(teacher.prompt(r)) or "" for r in records]
+        between = "" if teacher.form.chat == "plain" else "\n"  # the plain form has its separator in the prompt
+        return scoring.columns(
+            prompts=prompts,
             references=[Encoder.reference_text(r.row) for r in records],
+            wholes=[f"{prompt}{between}{a.text}" for prompt, a in zip(prompts, drawn[0], strict=True)],
             texts=[a.text for group in zip(*drawn, strict=True) for a in group],
             ended=[a.ended for a in drawn[0]],
         )
@@ -213,7 +255,7 @@ class Evaluate(Stage):
         self._check_form(job, name, encoder, records)
         encoded = encoder.encode(records)
         context = load.context(policy.inner) or 10**9
-        out = _columns(
+        out = scoring.columns(
             prompts=[encoder.prompt_text(r.row) for r in records],
             references=[encoder.reference_text(r.row) for r in records],
         )
@@ -237,6 +279,8 @@ class Evaluate(Stage):
             first = [group[0] for group in drawn]
             out["texts"] = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
             out["ended"] = [one.ended for one in first]
+            both = [[*p, *one.ids] for p, one in zip(prompts, first, strict=True)]
+            out["wholes"] = tokenizer.batch_decode(both, skip_special_tokens=True)
         if metrics.needs_likelihood(self.metrics) or metrics.needs_kl(self.metrics):
             settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
         if metrics.needs_likelihood(self.metrics):
@@ -303,29 +347,3 @@ class Evaluate(Stage):
             )
         job.summary = f"{entry['data']['name']}, {rows:,} rows; 95 % intervals\n{summary.tables(entry)}"
         job.say(job.summary)
-
-
-def _outputs(raw: dict[str, Any]) -> Outputs:
-    return Outputs(
-        raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
-        None if raw["nll"] is None else np.array(raw["nll"], np.float64),
-        None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
-        None if raw["toxicity"] is None else np.array(raw["toxicity"], np.float64),
-        None if raw["kl"] is None else np.array(raw["kl"], np.float64),
-        raw["kl_to"],
-        raw["classifier"],
-    )  # fmt: skip
-
-
-def _columns(prompts: list[str], references: list[str], **more: Any) -> dict[str, Any]:
-    """Columns of `Outputs` as JSON holds them, before anything was asked; and «texts», all samples row by row."""
-    n = len(prompts)
-    none = {"nll": None, "tokens": None, "toxicity": None, "classifier": "", "kl": None, "kl_to": "", "texts": []}
-    return {"prompts": prompts, "references": references, "predictions": [""] * n, "ended": [True] * n, **none, **more}
-
-
-def _content(records: list[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(sorted(record.row.items())).encode())
-    return digest.hexdigest()

@@ -52,6 +52,7 @@ class Experience:
     ) -> None:
         self.job, self.policy, self.sampler, self.prompts, self.plan = job, policy, sampler, prompts, plan
         self.parts, self.toxicity, self.reference, self.precision = parts, toxicity, reference, precision
+        self.scores: Callable[[Sequence[str]], np.ndarray] | None = None  # a reward model's, where there is one
         self.seed = plan.seed
         self.folder = job.dir / "rollouts"
         self.current: tuple[int, list[list[Tree]]] | None = None  # number of the rollout, trees of its batches
@@ -176,9 +177,14 @@ class Experience:
         asked = [self.prompts[i] for i in wanted for _ in range(self.plan.completions)]
         given = rewards.Given(
             [a.text for a in asked], texts, [a.reference for a in asked], [a.record for a in asked],
-            [c.ids for c in done], self.toxicity,
+            [c.ids for c in done], self.toxicity, self._wholes(asked, done), self.scores,
         )  # fmt: skip
         return rewards.compute(self.parts, given)
+
+    def _wholes(self, asked: list[Prompt], done: list[Completion]) -> list[str]:
+        """Prompt and completion as one text."""
+        ids = [[*a.ids, *c.ids] for a, c in zip(asked, done, strict=True)]
+        return self.sampler.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _score(
         self, rollout: Rollout, model: Callable[[Row], torch.Tensor], *, only: np.ndarray | None = None

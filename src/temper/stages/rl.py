@@ -22,12 +22,12 @@ from temper.losses.divergence import Estimator, Level
 from temper.models import load
 from temper.models.reference import Reference
 from temper.models.scores import Policy
-from temper.recipe import ClassifierRef, Config, DataRef, detail, stages
+from temper.recipe import ClassifierRef, Config, DataRef, RewardRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.stages import algorithms
 from temper.stages.experience import Experience, Plan, Prompt
-from temper.stages.judge import Judge
+from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
 from temper.stages.sft import NO_LIMIT, format_of
 from temper.stages.training import TrainingStage, announce, finish, note_trained_on, open_policy, probe, read_split
@@ -109,6 +109,10 @@ class Rl(TrainingStage):
     )
     classifier: ClassifierRef | None = detail(None, "The classifier that the reward «toxicity» asks.")
     toxic_label: str = detail("toxic", "The classifier's label whose probability is the toxicity.")
+    reward_model: RewardRef | None = detail(
+        None, "What the reward «model» asks: a stage of kind reward or classifier, a folder, or a hub id (id@revision)."
+    )
+    reward_label: str | None = detail(None, "Of a reward model with several labels: the one whose logit is the reward.")
     completions: int = detail(8, "Completions of each prompt (k).", ge=1)
     batch_size: int = detail(8, "Prompts of an optimiser step, with k completions each.", ge=1)
     rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
@@ -178,6 +182,8 @@ class Rl(TrainingStage):
             raise RecipeError(
                 "the reward «toxicity» asks a classifier", where="reward", do="classifier: STAGE or a hub id"
             )
+        asked = any(p.name == "model" for p in rewards.read(self.reward))
+        check_reward_model(self.reward_model, self.reward_label, asked=asked, by="the reward «model»")
         return self
 
     @field_validator("algorithm", "advantage")
@@ -214,6 +220,7 @@ class Rl(TrainingStage):
         reference = Reference(policy) if self.kl.beta else None
         judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
         experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
+        experience.scores = Rewarder(job, self.reward_model, self.reward_label) if self.reward_model else None
         loop = Loop(job, policy, self._loss(precision), experience, self, precision)
         job.counts["examples"] = len(prompts)
         group = self._announce(job, loop, experience, reference)

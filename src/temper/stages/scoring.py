@@ -1,10 +1,12 @@
-"""Likelihoods of references, and divergences along answers, by the tree pass."""
+"""Likelihoods of references, and divergences along answers, by the tree pass; what an evaluation keeps of a model."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from temper.data.chat import Encoded
@@ -14,6 +16,7 @@ from temper.models.scores import Policy, prove
 from temper.rollouts.decoding import Completion
 from temper.stages.sft import tree_of
 from temper.trees import Row, Tree, group, rows_of
+from temper.types import Outputs, Record
 
 ROW_TOKENS = 256
 
@@ -83,3 +86,46 @@ def _sums(
             for tree, value in zip(row.trees, sums.tolist(), strict=True):
                 out[place[id(tree)]] = value
     return out
+
+
+def outputs_of(raw: dict[str, Any]) -> Outputs:
+    """What `columns` made, filled in."""
+    return Outputs(
+        raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
+        None if raw["nll"] is None else np.array(raw["nll"], np.float64),
+        None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
+        None if raw["toxicity"] is None else np.array(raw["toxicity"], np.float64),
+        None if raw["kl"] is None else np.array(raw["kl"], np.float64),
+        raw["kl_to"],
+        raw["classifier"],
+        *(None if raw[key] is None else np.array(raw[key], np.float64) for key in ("rewards", "second_rewards")),
+        tuple(raw["reward_models"]),
+    )  # fmt: skip
+
+
+def columns(prompts: list[str], references: list[str], **more: Any) -> dict[str, Any]:
+    """Columns of `Outputs` as JSON holds them, before anything was asked; «texts», all samples row by row; «wholes», each
+    prompt and its first answer as one text."""
+    n = len(prompts)
+    none = {
+        "nll": None,
+        "tokens": None,
+        "toxicity": None,
+        "classifier": "",
+        "kl": None,
+        "kl_to": "",
+        "rewards": None,
+        "second_rewards": None,
+        "reward_models": [],
+        "texts": [],
+        "wholes": [],
+    }
+    return {"prompts": prompts, "references": references, "predictions": [""] * n, "ended": [True] * n, **none, **more}
+
+
+def content(records: list[Record]) -> str:
+    """SHA-256 of rows."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(sorted(record.row.items())).encode())
+    return digest.hexdigest()
