@@ -31,7 +31,7 @@ PINNED = {
     "uk-toxic-news": "268a06fa9f5ade6c",
     "uk-news-dirty": "0429477d15f301c7",
     "uk-rude-words": "7da88179245f47f1",
-    "en-reviews": "f93ad534b1e4c927",
+    "en-reviews": "b188f97a5be9921e",
     "en-reviews-b": "62b966a99d39829a",
 }
 

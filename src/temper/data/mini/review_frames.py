@@ -85,7 +85,7 @@ FIRST = Frames(
         "everything [changes|is different] when {event}",
         "it begins when {event}",
         "it ends when {event}",
-        "soon {event} and {event}",
+        "soon {event}",
     ],
     asides=[
         "the [hall|cinema] was half full",
