@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import field_validator, model_validator
 
-from temper import rewards
+from temper import hub, rewards
 from temper.advantages import advantages
-from temper.data.chat import Encoded, Encoder, show
+from temper.data.chat import Encoder
 from temper.engine import device as devices
 from temper.engine.loop import Loop
-from temper.errors import DataError, RecipeError, TrainingError
+from temper.errors import RecipeError, TrainingError
 from temper.job import Job
 from temper.losses import Terms, policy_losses, summed, with_divergence
 from temper.losses.divergence import Estimator, Level
@@ -29,12 +29,11 @@ from temper.stages import algorithms
 from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
-from temper.stages.sft import NO_LIMIT, format_of
-from temper.stages.training import TrainingStage, announce, finish, note_trained_on, open_policy, probe, read_split
+from temper.stages.sft import format_of
+from temper.stages.start import GAP, check_room, check_start, tell_of
+from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split
 from temper.trees import Row
-
-# Mean distance, in nats, of a token's log-probability when it was sampled from the trainer's own. More is no rounding.
-GAP = {"float32": 0.02, "bf16": 0.2, "fp16": 0.2}
+from temper.types import Record
 
 
 class Kl(Config):
@@ -89,6 +88,17 @@ class Kl(Config):
                 do="estimator: k2, or level: token",
             )
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A policy after its last step, and what saving it takes."""
+
+    policy: Policy
+    tokenizer: Any
+    source: hub.Source  # of its base
+    ends: set[int]
+    probe: Row  # a group of one prompt
 
 
 @stages.register("rl")
@@ -197,7 +207,35 @@ class Rl(TrainingStage):
         return {f"reward {name}": rewards.source_hash(name, folder) for name in names}
 
     def run(self, job: Job) -> None:
+        t = self.train(job)
+        finish(job, t.policy, t.tokenizer, t.source, merge=self.merge, ends=t.ends, probe=t.probe)
+
+    def train(self, job: Job, *, rate: float | None = None, tell: bool = True) -> Trained:
+        """From the last good checkpoint in the job's folder to the last step.
+
+        Args:
+            rate: of the moving average that the policy is held close to; None: to the model before training.
+            tell: say before what is about to happen.
+        """
         records = read_split(job, self.data, "train")
+        experience, source, ends = self.practice(job, records, rate=rate)
+        note_trained_on(job, records)
+        policy, precision, reference = experience.policy, experience.precision, experience.reference
+        follower = reference if rate is not None else None
+        loop = Loop(job, policy, self._loss(precision), experience, self, precision, follower=follower)
+        job.counts["examples"] = len(experience.prompts)
+        seconds, rows = experience.trial()
+        check_start(loop, rows, reference)
+        if tell:
+            tell_of(job, loop, experience, self.kl, seconds, rows)
+        loop.run()
+        policy.temperature = 1.0
+        return Trained(policy, experience.sampler.tokenizer, source, ends, rows[0])
+
+    def practice(
+        self, job: Job, records: Sequence[Record], *, rate: float | None = None
+    ) -> tuple[Experience, hub.Source, set[int]]:
+        """The policy, opened, with what answers prompts and rewards the answers; where it is from; its end tokens."""
         tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
         ids = encoder.prompts(records)
@@ -209,35 +247,18 @@ class Rl(TrainingStage):
         longest = max(len(i) for i in ids) + self.decoding.max_new_tokens
         policy, tokenizer, source, precision = open_policy(job, self, longest)
         encoder.end_ids |= set(load.end_ids(policy.inner))
-        self._check_room(policy, prompts)
+        check_room(policy, prompts, self.decoding.max_new_tokens)
         load.no_dropout(policy.hf)  # a ratio, a reference or a sample under dropout is another policy's
         policy.temperature = self.decoding.temperature
-        note_trained_on(job, records)
         job.facts["written_as"] = encoder.description
         with devices.autocast(policy.device, precision):
             sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
         job.facts["sampler"] = sampler.reason
-        reference = Reference(policy) if self.kl.beta else None
+        reference = Reference(policy, rate) if self.kl.beta else None
         judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
         experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
         experience.scores = Rewarder(job, self.reward_model, self.reward_label) if self.reward_model else None
-        loop = Loop(job, policy, self._loss(precision), experience, self, precision)
-        job.counts["examples"] = len(prompts)
-        group = self._announce(job, loop, experience, reference)
-        loop.run()
-        policy.temperature = 1.0
-        finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=group)
-
-    def _check_room(self, policy: Policy, prompts: list[Prompt]) -> None:
-        context = load.context(policy.inner) or NO_LIMIT
-        long = [p for p in prompts if len(p.ids) + self.decoding.max_new_tokens > context]
-        if long:
-            raise DataError(
-                f"{len(long)} prompts leave no room for {self.decoding.max_new_tokens} tokens in a context of {context} "
-                f"(the first has {len(long[0].ids)})",
-                where=long[0].record.where,
-                do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
-            )
+        return experience, source, encoder.end_ids
 
     def _plan(self, job: Job) -> Plan:
         return Plan(
@@ -283,41 +304,3 @@ class Rl(TrainingStage):
             return Terms(terms.values, terms.weights, {**terms.extras, "sampling_gap": gap})
 
         return loss
-
-    def _announce(self, job: Job, loop: Loop, experience: Experience, reference: Reference | None) -> Row:
-        """The summary; a group of one prompt is sampled and passed once to see what a step costs, and changes nothing."""
-        per_prompt, rows = experience.trial()
-        self._check_start(loop, rows, reference)
-        update, memory = probe(loop, rows)
-        plan, prompts = experience.plan, experience.prompts
-        seconds = loop.steps * plan.prompts * (per_prompt / plan.iterations + update)
-        lengths = [len(p.ids) for p in prompts]
-        lines = [
-            f"prompts: {len(prompts):,}, of {np.mean(lengths):.0f} tokens on average, at most {max(lengths)}",
-            f"reward: {' + '.join(f'{p.weight:g}·{p.name}' for p in experience.parts)}"
-            + (f", KL to the start {self.kl.beta:g} in the {self.kl.place}" if self.kl.beta else ", no KL term"),
-            f"written as: {job.facts['written_as']}",
-            f"sampler: {job.facts['sampler']}",
-        ]
-        step = f"{plan.prompts} prompts × {plan.completions} completions of up to {plan.decoding.max_new_tokens} tokens"
-        if experience.cycle > 1:
-            step += f"; a rollout serves {plan.steps} × {plan.iterations} steps"
-        tree = rows[0].trees[0]
-        path, scored = tree.path(0), set(tree.tgt.tolist())
-        one = Encoded(tree.ids[path].tolist(), [i in scored for i in path.tolist()], "")
-        shown = show(experience.sampler.tokenizer, one)
-        announce(job, loop, lines, step, (seconds, memory), shown)
-        return rows[0]
-
-    def _check_start(self, loop: Loop, rows: list[Row], reference: Reference | None) -> None:
-        """Before the first step the reference is the policy."""
-        if reference is None:
-            return
-        with torch.no_grad(), devices.autocast(loop.policy.device, loop.precision):
-            row = rows[0].to(loop.policy.device)
-            difference = (loop.policy(row) - reference(row)).abs().max().item()
-        if difference > GAP[loop.precision]:
-            raise TrainingError(
-                f"the reference is not the policy before the first step: log-probabilities differ by up to {difference:.2g} nats",
-                do="was the adapter trained before? merge it first: merge: true in the stage that made it",
-            )
