@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         else:
             out[key] = value
     return out
+
+
+def put(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set one value in place, whatever stood there; null deletes the key.
+
+    >>> raw = {"a": {"b": {"c": 1}}}
+    >>> put(raw, ["a", "b"], {"d": 2}); put(raw, ["e", "f"], 3); raw
+    {'a': {'b': {'d': 2}}, 'e': {'f': 3}}
+    """
+    *above, last = path
+    for part in above:
+        raw[part] = raw[part] if isinstance(raw.get(part), dict) else {}
+        raw = raw[part]
+    raw[last] = value
+    if value is None:
+        del raw[last]
 
 
 def yaml() -> YAML:

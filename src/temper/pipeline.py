@@ -58,6 +58,8 @@ def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:
         "seed": recipes.seed_of(recipe, name),
         "trust_remote_code": recipe.trust_remote_code,
     }
+    if within := stage.within(recipe, keys):
+        payload["within"] = within
     return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

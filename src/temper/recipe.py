@@ -12,7 +12,8 @@ import abc
 import dataclasses
 import importlib.resources
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -72,6 +73,14 @@ class Stage(Config, abc.ABC):
 
     def fingerprint(self, folder: Path) -> dict[str, Any]:
         """What outside the recipe decides the result (hashes of local files); part of the key."""
+        return {}
+
+    def reads(self, recipe: Recipe) -> list[str]:
+        """Stages that it reads beside those its fields name."""
+        return []
+
+    def within(self, recipe: Recipe, keys: dict[str, str]) -> dict[str, str]:
+        """Keys of stages of the recipe that it runs anew itself; part of its own key."""
         return {}
 
     def refs(self) -> Iterator[tuple[str, str, str]]:
@@ -219,7 +228,51 @@ def load(
     return _checked(raw, lines, path, profile)
 
 
+def varied(recipe: Recipe, values: dict[str, Any], need: Sequence[str]) -> Recipe:
+    """The recipe with other values in some fields, and only the stages `need` with what they read.
+
+    Args:
+        values: `sft.lr` or `seed` → its value; null is the field's default.
+
+    Raises:
+        RecipeError: as `load`: no such field, a value that does not fit, stages that do not go together.
+    """
+    raw, lines = deepcopy(recipe.raw), dict[KeyPath, str]()
+    for field, value in values.items():
+        path = field.split(".")
+        overlay.put(raw, path if len(path) == 1 else ["stages", *path], value)
+    file = recipe.folder / "recipe.yaml"
+    whole = _built(raw, lines, file, recipe.profile)
+    kept: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name not in kept:
+            kept.add(name)
+            for other in dependencies(whole, name):
+                visit(other)
+
+    for name in need:
+        visit(name)
+    families = {replica(name)[0] for name in kept} | kept
+    part = dataclasses.replace(
+        whole,
+        stages={n: s for n, s in whole.stages.items() if n in kept},
+        raw={**raw, "stages": {n: config for n, config in raw["stages"].items() if n in families}},
+    )
+    references.check(part, lines, file)
+    order(part)
+    return part
+
+
 def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
+    recipe = _built(raw, lines, path, profile)
+    references.check(recipe, lines, path)
+    order(recipe)
+    return recipe
+
+
+def _built(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: str | None) -> Recipe:
+    """The stages of a merged recipe, each checked by itself."""
     top = validated(Top, raw, (), lines)
     built: dict[str, Stage] = {}
     for name, config in top.stages.items():
@@ -237,7 +290,7 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         stage = validated(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines, also=("stage",))
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
-    recipe = Recipe(
+    return Recipe(
         **{
             k: getattr(top, k)
             for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")
@@ -247,9 +300,6 @@ def _checked(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile
         raw=raw,
         folder=path.resolve().parent,
     )
-    references.check(recipe, lines, path)
-    order(recipe)
-    return recipe
 
 
 def dependencies(recipe: Recipe, name: str) -> list[str]:
@@ -262,7 +312,7 @@ def dependencies(recipe: Recipe, name: str) -> list[str]:
                 found.append(candidate)
                 if recipe.stages[name].reads_replicas:
                     found += [n for n in recipe.stages if replica(n) != (n, 0) and replica(n)[0] == candidate]
-    return found
+    return found + [n for n in recipe.stages[name].reads(recipe) if n not in found]
 
 
 def replica(name: str) -> tuple[str, int]:

@@ -9,5 +9,6 @@ from temper.stages.pretrain import Pretrain
 from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
 from temper.stages.sft import Sft
+from temper.stages.sweep import Sweep
 
-__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "TrainClassifier", "TrainReward"]
+__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "Sweep", "TrainClassifier", "TrainReward"]
