@@ -31,8 +31,8 @@ PINNED = {
     "uk-toxic-news": "268a06fa9f5ade6c",
     "uk-news-dirty": "0429477d15f301c7",
     "uk-rude-words": "7da88179245f47f1",
-    "en-reviews": "b188f97a5be9921e",
-    "en-reviews-b": "62b966a99d39829a",
+    "en-reviews": "2010b14c815470a8",
+    "en-reviews-b": "fd56dce5f0a45d94",
 }
 
 
@@ -315,10 +315,10 @@ def test_a_review_denies_and_grants_as_often_as_stated():
     denied = sum(bool(blame & set(c)) for c in clauses)
     plain = sum(bool(praise & set(c)) for c in clauses)
     n = denied + plain
-    assert abs(denied / n - reviews.NEGATES) < 4 * (0.12 * 0.88 / n) ** 0.5
+    assert abs(denied / n - reviews.NEGATES) < 4 * (reviews.NEGATES * (1 - reviews.NEGATES) / n) ** 0.5
     grants = re.compile(r"^although |^while |, but |, even if ")
     granted = sum(bool(grants.search(a._remark(players, 0, draw))) for _ in range(4000)) / 4000
-    assert abs(granted - reviews.MIXED) < 4 * (0.12 * 0.88 / 4000) ** 0.5
+    assert abs(granted - reviews.MIXED) < 4 * (reviews.MIXED * (1 - reviews.MIXED) / 4000) ** 0.5
 
 
 def test_a_grammar_by_hand():

@@ -124,14 +124,12 @@ PLAYERS = Group(
     ),
     (
         listed(
-            "superb, convincing, moving, charming, natural, warm, magnetic, believable, graceful, tender, fearless, "
-            "funny, touching, radiant, subtle, lively, excellent, likeable, wonderful, compelling, dignified, sincere, "
-            "brilliant, restrained, unforgettable"
+            "superb, convincing, moving, charming, natural, warm, believable, graceful, tender, funny, "
+            "touching, radiant, subtle, excellent, wonderful, compelling, sincere, brilliant"
         ),
         listed(
-            "wooden, stiff, lifeless, unconvincing, grating, bland, awkward, hammy, forced, annoying, miscast, dull, "
-            "mechanical, shrill, hollow, dreadful, lazy, flat, irritating, clumsy, cold, tiresome, mannered, weak, "
-            "forgettable"
+            "wooden, stiff, lifeless, unconvincing, grating, bland, awkward, forced, annoying, "
+            "miscast, dull, mechanical, shrill, dreadful, flat, irritating, clumsy, weak"
         ),
     ),
     (
@@ -173,14 +171,12 @@ WRITING = Group(
     ),
     (
         listed(
-            "clever, witty, original, gripping, thoughtful, honest, sharp, funny, surprising, moving, intelligent, fresh, "
-            "inventive, touching, wise, daring, believable, delightful, rich, satisfying, memorable, well made, absorbing, "
-            "ingenious, heartfelt"
+            "clever, witty, original, gripping, thoughtful, honest, sharp, funny, surprising, moving, "
+            "intelligent, fresh, inventive, delightful, satisfying, memorable, absorbing, heartfelt"
         ),
         listed(
-            "predictable, silly, contrived, shallow, muddled, stale, pointless, lazy, tedious, confusing, sentimental, "
-            "absurd, thin, preachy, dull, hollow, implausible, clumsy, tired, messy, forgettable, badly made, boring, "
-            "childish, embarrassing"
+            "predictable, silly, contrived, shallow, muddled, stale, pointless, lazy, tedious, "
+            "confusing, sentimental, absurd, preachy, hollow, clumsy, forgettable, boring, childish"
         ),
     ),
     (
@@ -222,14 +218,13 @@ CRAFT = Group(
     ),
     (
         listed(
-            "beautiful, elegant, precise, stunning, inventive, striking, atmospheric, gorgeous, assured, imaginative, "
-            "splendid, vivid, haunting, careful, stylish, masterly, delicate, lovely, impressive, rich, exciting, "
-            "first-rate, magical, crisp, breathtaking"
+            "beautiful, elegant, precise, stunning, inventive, striking, gorgeous, assured, "
+            "imaginative, splendid, vivid, haunting, stylish, masterly, lovely, impressive, magical, "
+            "breathtaking"
         ),
         listed(
-            "ugly, sloppy, cheap, amateurish, clumsy, drab, murky, lifeless, careless, uninspired, garish, chaotic, "
-            "intrusive, crude, dated, incompetent, bland, tacky, monotonous, poor, tiring, third-rate, messy, shabby, "
-            "unbearable"
+            "ugly, sloppy, cheap, amateurish, clumsy, drab, murky, lifeless, careless, uninspired, "
+            "chaotic, crude, incompetent, bland, monotonous, poor, messy, unbearable"
         ),
     ),
     (
@@ -267,12 +262,12 @@ PACE = Group(
     ),
     (
         listed(
-            "gripping, brisk, tense, absorbing, exciting, perfect, confident, lively, thrilling, well judged, captivating, "
-            "tight, electrifying, engaging, magnificent, masterly, flawless, rewarding, exhilarating, riveting"
+            "gripping, brisk, tense, absorbing, exciting, perfect, confident, thrilling, captivating, "
+            "engaging, magnificent, masterly, flawless, rewarding"
         ),
         listed(
-            "slow, sluggish, tedious, boring, endless, uneven, dull, dreary, plodding, badly judged, tiresome, slack, "
-            "soporific, repetitive, dismal, shapeless, wearying, exhausting, disappointing, aimless"
+            "slow, sluggish, tedious, boring, endless, uneven, dull, dreary, tiresome, repetitive, "
+            "exhausting, disappointing, aimless, shapeless"
         ),
     ),
     (

@@ -2,7 +2,7 @@
 
 A review opens neutrally, tells of the plot, and then makes remarks. The label is drawn first, and most remarks agree with
 it, but not all: some reviews can be told only by weighing, and a few cannot be told at all. A classifier that has
-understood everything is right on 98.9 % of them.
+understood everything is right on 99.3 % of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from temper.data.mini.review_words import FACTS, GROUPS, NEUTRAL, QUALITIES, TIT
 from temper.data.mini.words import SPLITS
 
 LABELS = ("positive", "negative")  # the order of every pair of vocabularies
-AGREES = 0.95  # a remark has the label's sign
-CLOSES = 0.6  # there is a closing remark, whose sign is the label's
-NEGATES = 0.12  # a sign is said by denying the other one
-MIXED = 0.12  # a remark grants something to the other side first
+AGREES = 0.96  # a remark has the label's sign
+CLOSES = 0.7  # there is a closing remark, whose sign is the label's
+NEGATES = 0.1  # a sign is said by denying the other one
+MIXED = 0.1  # a remark grants something to the other side first
 LENGTH, OPENING = (25, 60), (4, 9)  # words, both ends included
 
 
