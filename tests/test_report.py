@@ -490,6 +490,32 @@ def test_a_maximum_is_shown_and_no_claim_is_made_of_it() -> None:
     assert best(evaluation) == {"m": "sft"}
 
 
+def test_the_headline_of_many_metrics_names_a_second_family_where_it_is_clear() -> None:
+    """Of fifteen comparisons the first metric's are told, and of the others the last model's clearest with a direction."""
+    names = {"rouge1": True, "rougeL": True, "toxicity_mean": False, "toxicity_share": False, "length": None}
+    evaluation = Evaluation(
+        models={
+            m: {n: Measured(value=0.5, n=200, higher_is_better=h) for n, h in names.items()} for m in ("a", "b", "c")
+        }
+    )
+    p_of = {"rouge1": 0.5, "rougeL": 1e-6, "toxicity_mean": 0.01, "toxicity_share": 0.001, "length": 1e-9}
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    evaluation.comparisons += [
+        Comparison(metric=n, a=a, b=b, difference=-0.2, low=-0.3, high=-0.1, p_adjusted=p * (1 if b == "c" else 0.1))
+        for n, p in p_of.items()
+        for a, b in pairs
+    ]
+    told = findings(evaluation, most=6)
+    assert [f.text.split(" on ")[1].split()[0].rstrip(":") for f in told[:4]] == ["rouge1"] * 3 + ["toxicity_share"]
+    assert told[3].text.startswith("c is below a on toxicity_share by 0.20") and told[3].verdict == "better"
+    assert "11 more comparisons" in told[4].text
+    for c in evaluation.comparisons:
+        c.p_adjusted = 0.5 if c.metric.startswith("toxicity") else c.p_adjusted
+    assert (
+        len(findings(evaluation, most=6)) == 4
+    )  # nothing else is clear: rougeL is of the same family, a length is no news
+
+
 def test_best_must_beat_every_other_model() -> None:
     """b beats a and c beats a, but b and c are not told apart: none is marked."""
     value = Measured(value=0.5, higher_is_better=True)

@@ -6,7 +6,7 @@ the wrong type is a ValidationError, which the reader turns into a sentence.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -137,3 +137,51 @@ class Evaluation(BaseModel):
     def row_count(self, comparison: Comparison) -> int | None:
         measured = self.models.get(comparison.b, {}).get(comparison.metric)
         return measured.n if measured and measured.n is not None else self.data.get("rows")
+
+
+class Point(BaseModel):
+    """A point of front.json: two scores of one setting."""
+
+    label: str = ""
+    setting: dict[str, Any] = {}
+    x: Measured
+    y: Measured
+
+
+class Front(BaseModel):
+    """front.json of a stage that gives several models: what of one score costs how much of another."""
+
+    x: str
+    y: str
+    points: list[Point] = []
+
+
+class Objective(BaseModel):
+    """What a sweep measures, and which end is the better one."""
+
+    measure: str
+    metric: str
+    best: Literal["highest", "lowest"] = "highest"
+
+
+class Trial(BaseModel):
+    """A trial of trials.json."""
+
+    number: int
+    settings: dict[str, Any] = {}
+    values: dict[str, Measured] = {}
+    seconds: float | None = None
+    state: str = "done"  # done | failed | running
+    error: str | None = None
+    folder: str | None = None
+
+
+class Trials(BaseModel):
+    """trials.json of a sweep."""
+
+    search: str = ""
+    fields: list[str] = []
+    measures: list[Objective] = []
+    best: int | None = None
+    front: list[int] = []
+    trials: list[Trial] = []

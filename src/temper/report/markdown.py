@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from temper.report import phrases, tables
+from temper.report import fronts, phrases, tables
 from temper.report.read import Run
 from temper.report.tables import Cell, Table
 
@@ -36,6 +36,10 @@ def of_run(run: Run) -> str:
             parts += ["### Spread over seeds", table(tables.spread_table(evaluation))]
     if not run.evaluations:
         parts.append("No stage of this run evaluated a model.")
+    for front in fronts.fronts(run):
+        parts += [f"## {escape(front.title)}", table(front.table)]
+    for swept in fronts.sweeps(run):
+        parts += [f"## Sweep: {escape(swept.stage.name)}", escape(swept.finding), table(swept.table)]
     for stage in run.stages:
         if stage.card:
             parts += [f"## Data: {escape(stage.name)}", table(tables.rows_table(stage.card))]

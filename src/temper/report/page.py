@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from temper.report import across, phrases, tables
+from temper.report import across, fronts, phrases, tables
 from temper.report.contract import Card, Evaluation
 from temper.report.curves import figures
 from temper.report.markdown import of_run, of_runs
@@ -115,6 +115,8 @@ def _of_run(run: Run) -> dict[str, Any]:
         "command": shlex.join(run.manifest.command),
         "evaluations": [_evaluation(stage, colours) for stage in run.stages if stage.evaluation],
         "curves": [(stage, figures(stage.metrics)) for stage in run.stages if stage.metrics or stage.samples],
+        "sweeps": fronts.sweeps(run),
+        "fronts": fronts.fronts(run),
         "data": [_data(stage) for stage in run.stages if stage.card],
         "cost": tables.cost_table(run),
         "facts": tables.facts_tables(run),

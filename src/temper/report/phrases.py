@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from datetime import datetime
@@ -165,13 +166,14 @@ class Finding:
 
 def findings(evaluation: Evaluation, most: int = 12) -> list[Finding]:
     """A sentence a comparison, of metrics that have a direction (a length is in the table, but it is not the news) and
-    were tested; where these are more than `most`, of the first metric alone.
+    were tested; where these are more than `most`, of the first metric alone, and the clearest of another family.
     """
     tested = [c for c in evaluation.comparisons if verdict(c, None) != "untested"]
     chosen = [c for c in tested if evaluation.higher_is_better(c.metric) is not None]
     chosen = chosen or tested or evaluation.comparisons
     if len(chosen) > most:
         chosen = [c for c in chosen if c.metric == chosen[0].metric][:most]
+        chosen += _second(tested, chosen[0], evaluation)
     out = [compared(c, evaluation) for c in chosen]
     if left := [c for c in evaluation.comparisons if c not in chosen]:
         clear = sum(verdict(c, None) == "different" for c in left)
@@ -182,6 +184,29 @@ def findings(evaluation: Evaluation, most: int = 12) -> list[Finding]:
         for name, metrics in evaluation.models.items()
         for metric, value in metrics.items()
     ]
+
+
+def _second(tested: list[Comparison], main: Comparison, evaluation: Evaluation) -> list[Comparison]:
+    """The clearest significant comparison on a metric of another family than the main one (rouge1 and rougeL are one
+    family, toxicity_mean and toxicity_share another), of the last model where there is one: it is what a recipe leads to.
+    """
+    clear = [
+        c
+        for c in tested
+        if verdict(c, evaluation.higher_is_better(c.metric)) in ("better", "worse")
+        and _family(c.metric) != _family(main.metric)
+    ]
+    last = list(evaluation.models)[-1:]
+    return sorted(clear, key=lambda c: ([c.b] != last, 1.0 if c.p_adjusted is None else c.p_adjusted))[:1]
+
+
+def _family(metric: str) -> str:
+    """
+    >>> _family("rougeL"), _family("rouge1"), _family("toxicity_mean")
+    ('rouge', 'rouge', 'toxicity')
+    """
+    found = re.match("[a-z]+", metric)
+    return found[0] if found else metric
 
 
 def compared(c: Comparison, evaluation: Evaluation) -> Finding:

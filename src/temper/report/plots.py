@@ -94,7 +94,7 @@ def lines(series: list[Series], title: str) -> Markup:
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     x_low, x_high = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
-    y_low, y_high = _room(min(ys), max(ys))
+    y_low, y_high = room(min(ys), max(ys))
     y_ticks = ticks(y_low, y_high) if min(ys) < max(ys) else [min(ys)]
     y_texts = tick_labels(y_ticks)
     left = max(42.0, 9 + 6.4 * max(len(text) for text in y_texts))  # a digit of 11 px is at most so wide
@@ -109,11 +109,11 @@ def lines(series: list[Series], title: str) -> Markup:
     for tick, text in zip(y_ticks, y_texts, strict=True):
         _, y = place(x_low, tick)
         out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(_label(left - 5, y + 3.5, text, "end"))
+        out.append(label(left - 5, y + 3.5, text, "end"))
     x_ticks = ticks(x_low, x_high, about=5, whole=True)
     for tick, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x, _ = place(tick, y_low)
-        out.append(_label(min(x, right - 8), bottom + 16, text, "middle"))
+        out.append(label(min(x, right - 8), bottom + 16, text, "middle"))
     for s in series:
         drawn = [place(x, y) for x, y in thin(s.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
@@ -121,11 +121,11 @@ def lines(series: list[Series], title: str) -> Markup:
         if s.dots or len(drawn) == 1:
             for (x, y), (step, value) in zip(drawn, thin(s.points), strict=True):
                 tip = escape(f"{s.name}, step {compact(step)}: {compact(value)}")
-                out.append(_circle(x, y, 2.6, f"c{s.colour % COLOURS}", f"<title>{tip}</title>"))
+                out.append(circle(x, y, 2.6, f"c{s.colour % COLOURS}", f"<title>{tip}</title>"))
         if s.best:
             x, y = place(*s.best)
-            out.append(_circle(x, y, 6, "ring"))
-    return _svg(width, height, title, out)
+            out.append(circle(x, y, 6, "ring"))
+    return svg(width, height, title, out)
 
 
 def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
@@ -133,7 +133,7 @@ def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
     left, right, width, step = 110, 296, 360, 24
     height = step * len(rows) + 24
     known = [v for r in rows for v in (r.value, r.low, r.high, *r.others) if v is not None] + ([0.0] if zero else [])
-    low, high = _room(min(known), max(known))
+    low, high = room(min(known), max(known))
 
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
@@ -143,38 +143,41 @@ def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
     for tick, text in zip(marks, tick_labels(marks), strict=True):
         x = place(tick)
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 20}"/>')
-        out.append(_label(x, height - 6, text, "middle"))
+        out.append(label(x, height - 6, text, "middle"))
     if zero:
         out.append(f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="2" y2="{height - 20}"/>')
     for i, row in enumerate(rows):
         y = step * i + step / 2 + 2
         kind = f"c{row.colour % COLOURS}"
         short = row.label if len(row.label) <= 16 else row.label[:15] + "…"
-        out.append(f"<g><title>{escape(row.label)}</title>{_label(left - 10, y + 4, short, 'end', 'name')}</g>")
+        out.append(f"<g><title>{escape(row.label)}</title>{label(left - 10, y + 4, short, 'end', 'name')}</g>")
         for other in row.others:
-            out.append(_circle(place(other), y + 6, 2.2, f"seed {kind}"))
+            out.append(circle(place(other), y + 6, 2.2, f"seed {kind}"))
         if row.low is not None and row.high is not None:
             x1, x2 = place(row.low), place(row.high)
             out.append(f'<line class="line {kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>')
-        out.append(_circle(place(row.value), y, 4.5, kind))
-        out.append(_label(width - 4, y + 4, row.text, "end", "name"))
-    return _svg(width, height, title, out)
+        out.append(circle(place(row.value), y, 4.5, kind))
+        out.append(label(width - 4, y + 4, row.text, "end", "name"))
+    return svg(width, height, title, out)
 
 
-def _room(low: float, high: float) -> tuple[float, float]:
+def room(low: float, high: float) -> tuple[float, float]:
     """Limits of an axis, a little wider than the data."""
     gap = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return low - gap, high + gap
 
 
-def _circle(x: float, y: float, radius: float, kind: str, inside: str = "") -> str:
+def circle(x: float, y: float, radius: float, kind: str, inside: str = "") -> str:
+    """A circle of a class of page.css."""
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inside}</circle>'
 
 
-def _label(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+def label(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    """A line of text, escaped."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(width: float, height: float, title: str, parts: list[str]) -> Markup:
+def svg(width: float, height: float, title: str, parts: list[str]) -> Markup:
+    """The whole plot, with its title for those who do not see it."""
     start = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
     return Markup(start + "".join(parts) + "</svg>")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pydantic
 
 from temper.errors import RunError
-from temper.report.contract import Card, Evaluation, Manifest, ManifestStage, StageInfo
+from temper.report.contract import Card, Evaluation, Front, Manifest, ManifestStage, StageInfo, Trials
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 SCHEMA = 1
@@ -32,6 +32,10 @@ class Stage:
     card: Card | None = None
     evaluation: Evaluation | None = None
     evaluation_json: dict[str, Any] | None = None  # as it stands, for results.json
+    trials: Trials | None = None
+    front: Front | None = None
+    trials_json: dict[str, Any] | None = None
+    front_json: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     rows: pa.Table | None = None
@@ -97,6 +101,10 @@ def read_run(path: Path) -> Run:
 
 def results_of(run: Run) -> dict[str, Any]:
     """results.json of one run."""
+    swept = {
+        "sweeps": {stage.name: stage.trials_json for stage in run.stages if stage.trials},
+        "fronts": {stage.name: stage.front_json for stage in run.stages if stage.front},
+    }
     kept = ["seconds", "tokens", "peak_memory_bytes", "examples", "trainable_parameters", "bytes_on_disk"]
     return {
         "schema": SCHEMA,
@@ -108,6 +116,7 @@ def results_of(run: Run) -> dict[str, Any]:
             for stage in run.stages
             if stage.info
         },
+        **{name: entry for name, entry in swept.items() if entry},
     }
 
 
@@ -135,6 +144,11 @@ def _stage(run: Path, entry: ManifestStage, problems: list[str]) -> Stage:
     raw = _json(folder / "evaluation.json", problems, entry.name)
     stage.evaluation = _typed(Evaluation, raw, problems, f"{entry.name}/evaluation.json")
     stage.evaluation_json = raw
+    stage.trials_json, stage.front_json = (
+        _json(folder / f, problems, entry.name) for f in ("trials.json", "front.json")
+    )
+    stage.trials = _typed(Trials, stage.trials_json, problems, f"{entry.name}/trials.json")
+    stage.front = _typed(Front, stage.front_json, problems, f"{entry.name}/front.json")
     stage.metrics = _json_lines(folder / "metrics.jsonl", problems, entry.name)
     stage.samples = _json_lines(folder / "samples.jsonl", problems, entry.name)
     stage.rows = _parquet(folder / "rows.parquet", problems, entry.name)
