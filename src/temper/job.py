@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, name: str, folder: Path, inputs: dict[str, Result], log: Log) -> None:
         self.recipe, self.name, self.dir, self.inputs, self.log = recipe, name, folder, inputs, log
+        self.clock = folder / "clock.json"
         self.stage = recipe.stages[name]
         self.seed = recipes.seed_of(recipe, name)
         self.facts: dict[str, Any] = {}  # what was really used: attention, layout, dtype, …
@@ -104,14 +106,20 @@ class Job:
             str(folder) if folder else base["name"], base["revision"], (*base["adapters"], str(result.path / "adapter"))
         )
 
+    def part(self, name: str, seed: int) -> Job:
+        """A part of this stage's work: a folder, a seed, facts and counts of its own; clock and warnings are the stage's."""
+        out = copy.copy(self)
+        out.dir, out.seed, out.facts, out.counts, out.summary = self.dir / name, seed, {}, {}, ""
+        out.dir.mkdir(parents=True, exist_ok=True)
+        return out
+
     def save_clock(self) -> None:
-        write_json(self.dir / "clock.json", {"seconds": self.seconds(), "warnings": self.warnings})
+        write_json(self.clock, {"seconds": self.seconds(), "warnings": self.warnings})
 
     def start_clock(self) -> None:
-        before = self.dir / "clock.json"
         earlier = 0.0
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = read_json(before)
+            found = read_json(self.clock)
             earlier = float(found["seconds"])
             told = list(found.get("warnings", []))  # in an earlier part of this work
             self.warnings = told + [w for w in self.warnings if w not in told]

@@ -23,7 +23,9 @@ from temper.errors import RunError
 
 SHORT = 8  # hex digits of a key in a folder's name
 # What only an unfinished stage needs: gone once it has its name.
-SCRATCH = ("checkpoints", "tokenizer", "answers", "rollouts", "clock.json", "partial.json")
+SCRATCH = (
+    "checkpoints", "tokenizer", "answers", "rollouts", "policies", "starts", "whole", "front", "clock.json", "partial.json",
+)  # fmt: skip
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -108,9 +110,18 @@ def size_of(folder: Path) -> int:
 
 
 def progress(partial: Path) -> tuple[int, int]:
-    """How far unfinished work has come: the step of its newest checkpoint, and how many models' answers it keeps."""
-    steps = [int(p.name[5:]) for p in partial.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
-    return max(steps, default=0), len(list(partial.glob("answers/*.json")))
+    """How far unfinished work has come: the steps up to its newest checkpoint, and how many models' answers it keeps.
+
+    Of policies that are trained one after another, the steps of those that are finished count too.
+    """
+    steps = sum(_steps(folder) for folder in (partial, *partial.glob("policies/*")))
+    return steps, len(list(partial.glob("answers/*.json")))
+
+
+def _steps(folder: Path) -> int:
+    if finished := read_sealed(folder / "weights.json"):
+        return int(finished["note"]["counts"]["steps"])
+    return max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdecimal()), default=0)
 
 
 def _sweep(leftovers: Iterable[Path]) -> None:

@@ -10,5 +10,18 @@ from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
 from temper.stages.sft import Sft
 from temper.stages.sweep import Sweep
+from temper.stages.warp import Warp
 
-__all__ = ["Data", "Evaluate", "Generate", "Merge", "Pretrain", "Rl", "Sft", "Sweep", "TrainClassifier", "TrainReward"]
+__all__ = [
+    "Data",
+    "Evaluate",
+    "Generate",
+    "Merge",
+    "Pretrain",
+    "Rl",
+    "Sft",
+    "Sweep",
+    "TrainClassifier",
+    "TrainReward",
+    "Warp",
+]

@@ -117,7 +117,7 @@ class Experience:
             )  # fmt: skip
         done = [c for group in groups for c in group]
         texts = [text_of(c, self.sampler.tokenizer) for c in done]
-        total, each = self._rewards(wanted, done, texts)
+        total, each = self.rewarded(wanted, done, texts)
         rollout = Rollout(batches, done, texts, total, each, np.zeros(len(done)), {})
         rollout.columns = {"sampled": np.concatenate([c.logps for c in done]).astype(np.float32)}
         if self.reference is not None:
@@ -171,7 +171,7 @@ class Experience:
         """A number of its own for each prompt's noise: one that a rollout meets twice is answered anew."""
         return [i + len(self.prompts) * wanted[:k].count(i) for k, i in enumerate(wanted)]
 
-    def _rewards(
+    def rewarded(
         self, wanted: list[int], done: list[Completion], texts: list[str]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         asked = [self.prompts[i] for i in wanted for _ in range(self.plan.completions)]

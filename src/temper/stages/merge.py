@@ -99,7 +99,7 @@ class Merge(Stage):
         start, sources = job.model(self.start or "base"), [job.model(name) for name in names]
         tokenizer = one_tokenizer([start, *sources], trust_remote_code=job.recipe.trust_remote_code)
         base, *models = wholes(job, [start, *sources], job.dir / "whole")
-        function = functools.partial(_applied, configured(self.rule, "rule"), self.weights)
+        function = functools.partial(applied, configured(self.rule, "rule"), self.weights)
         folders.merge(base, models, job.dir / "model", function, eta=self.liti)
         tokenizer.save_pretrained(job.dir / "model")
         cosine, norms = folders.angles(base, models)
@@ -195,7 +195,8 @@ def _direct(source: hub.Source) -> Path | None:
     return folder if source.local and not source.adapters and any(folder.glob("*.safetensors")) else None
 
 
-def _applied(
+def applied(
     rule: merging.Rule, weights: Sequence[float] | None, deltas: Sequence[torch.Tensor], name: str
 ) -> torch.Tensor:
+    """A rule as `folders.merge` calls it."""
     return rule(deltas, weights, name)
