@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
+from temper.engine import optim
 from temper.losses import bradley_terry
 from temper.models.reward import RewardModel, pair
 from temper.trees import rows_of
@@ -75,7 +76,7 @@ class Ours:
         proof = self.model.settle("tree", 461)
         print(f"temper: {proof['reason']} (largest difference {proof['difference']:.1e})")
         self.pairs, self.sizes = list(zip(*pairs.values(), strict=True)), (row_tokens, micro_tokens)
-        self.optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4, weight_decay=0.0)
+        self.optimizer = optim.optimizers.get("adamw")(optim.groups(hf.named_parameters(), 1e-4, 0.0))
 
     def sums(self, some: list[Any]) -> Iterator[torch.Tensor]:
         """The summed losses of each row of some pairs."""
@@ -114,7 +115,9 @@ class Theirs:
             output_dir=self.folder, report_to=[], bf16=False, use_cpu=True, num_train_epochs=1, save_strategy="no",
             disable_tqdm=True, logging_strategy="no", length_column_name="length", **self.settings,
         )  # fmt: skip
-        return RewardTrainer(model=self.hf, args=arguments, processing_class=tokenizer(), train_dataset=self.data)
+        made = RewardTrainer(model=self.hf, args=arguments, processing_class=tokenizer(), train_dataset=self.data)
+        made.remove_callback(transformers.PrinterCallback)
+        return made
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -174,8 +177,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--micro-tokens", type=int, default=4096)
+    parser.add_argument("--row-tokens", type=int, default=256)
+    parser.add_argument("--micro-tokens", type=int, default=2048)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--documented", action="store_true", help="only TRL as documented")
     only.add_argument("--tuned", action="store_true", help="only TRL tuned")

@@ -70,12 +70,6 @@ class TrainReward(Stage, Validated):
         "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.",
         pattern="^(auto|tree|padded)$",
     )
-    row_tokens: int = detail(
-        512, "Pairs are packed into rows of this many tokens; a longer one has its own. Padded: each on its own.", ge=16
-    )
-    micro_tokens: int = detail(
-        4096, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
-    )
 
     @field_validator("loss")
     @classmethod
