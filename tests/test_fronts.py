@@ -16,6 +16,7 @@ import pytest
 
 from temper.report import build
 from temper.report.contract import Front, Measured, Point, Trials
+from temper.report.curves import figures
 from temper.report.fronts import finding, parallel, trials_table, undominated
 from temper.report.read import read_run
 
@@ -133,6 +134,23 @@ def test_a_sweep_under_way_and_one_with_little_to_draw() -> None:
     drawn = parallel(Trials.model_validate({"fields": ["sft.lr"], "measures": measures, "trials": mixed}), "t")
     assert drawn is not None and all(text in drawn for text in ("0.1", "null", "auto"))
     assert Front.model_validate({"x": "kl", "y": "r"}).points == []
+
+
+def test_policies_trained_apart_have_a_curve_each() -> None:
+    """Two rounds of two policies: what the first policy of each round does has one colour, and no line joins rounds."""
+    metrics = [
+        {"policy": f"{r}.{m}", "step": 10 * (r - 1) + step, "reward": float(10 * r + m), "loss": 0.5}
+        for r in (1, 2)
+        for m in (1, 2)
+        for step in (1, 5, 10)
+    ]
+    reward, loss = figures(metrics)
+    assert (reward.title, loss.title) == ("reward", "loss") and reward.legend == [(1, "policy 1"), (2, "policy 2")]
+    drawn = re.findall(r'<polyline class="line c(\d)" points="([^"]+)"', reward.svg)
+    assert [colour for colour, _ in drawn] == ["1", "2", "1", "2"]
+    assert all(len(points.split()) == 3 for _, points in drawn)
+    heights = [{point.split(",")[1] for point in points.split()} for _, points in drawn]
+    assert all(len(one) == 1 for one in heights) and len(set.union(*heights)) == 4
 
 
 def test_a_broken_file_is_a_sentence(tmp_path: Path) -> None:

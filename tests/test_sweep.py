@@ -16,7 +16,7 @@ import pytest
 
 import temper.stages  # noqa: F401  fills the registry
 from staged_runs import ENVIRONMENT
-from temper import pipeline, recipe
+from temper import pipeline, plan, recipe
 from temper.app import run_recipe
 from temper.errors import RecipeError, TrainingError
 from temper.pipeline import Choice
@@ -252,6 +252,29 @@ def test_of_two_points_one_may_be_better_in_everything() -> None:
     assert dominates([2.0, 1.0], [1.0, 1.0]) and not dominates([2.0, 0.0], [1.0, 1.0])
     assert Range(low=1, high=8).some() == [1, 8, 4] and len(grid({"a.b": [1, 2], "a.c": [1, 2, 3]})) == 6
     assert len(Grid({"a.b": [1, 2]})) == 2
+
+
+def test_the_plan_of_a_sweep_is_the_sum_of_its_trials(swept: tuple[Path, Path], tmp_path: Path) -> None:
+    file, run = swept
+
+    def step(out: Path, **tuned: Any) -> plan.Step:
+        loaded = recipe.load(file, overrides={"stages": {"tuned": tuned, "sft": {"batch_size": 4}}})
+        return next(s for s in plan.make(loaded, out, Choice(only=["tuned"])) if s.name == "tuned")
+
+    assert step(run).state == plan.CACHED
+    new = step(tmp_path / "none")
+    assert "4 trials of sft, compare, at most" in new.cost.basis
+    assert new.cost.tokens and new.cost.seconds
+    doubled = step(tmp_path / "none", vary={"sft.lr": [1e-3, 1e-2], "sft.adapter.r": [2, 4], "sft.max_steps": [2, 2]})
+    assert doubled.cost.tokens == pytest.approx(2 * new.cost.tokens)
+    drawn = step(tmp_path / "none", search="tpe", trials=10)
+    assert drawn.cost.tokens == pytest.approx(2.5 * new.cost.tokens)
+    unknown = {
+        "data": {"stage": "generate", "data": "qa", "model": "base", "instruction": "{prompt}", "into": "prompt"}
+    }
+    loaded = recipe.load(file, overrides={"stages": {"sft": {"data": "data"}, **unknown}})
+    told = next(s for s in plan.make(loaded, tmp_path / "none", Choice(only=["tuned"])) if s.name == "tuned")
+    assert told.cost.seconds is not None or "nothing" in told.cost.basis
 
 
 # Optuna

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,11 +29,14 @@ from temper.stages.merge import Merge
 from temper.stages.pretrain import Pretrain
 from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
+from temper.stages.space import grid
+from temper.stages.sweep import Sweep
 
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
 EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
 STEP_SECONDS = 0.002  # Python's share of decoding one token of a batch, and again for every layer
 FRAGMENTED = 4  # a CPU's allocator keeps several times what is live when shapes vary: 3 to 8 times were seen
+TRIALS_LOOKED_AT = 32  # of a sweep
 LOAD_SECONDS = 2.0  # of any stage with a model: loading it and proving its layout
 
 
@@ -71,6 +75,8 @@ class Predictor:
             cost = self._evaluation(name, stage)
         elif isinstance(stage, Merge):
             cost = self._merge(stage)
+        elif isinstance(stage, Sweep):
+            cost = self._sweep(stage)
         else:
             cost = self._as_before(name, stage)
         return dataclasses.replace(cost, download_bytes=self._download(name))
@@ -109,7 +115,8 @@ class Predictor:
             stage: Any = self.recipe.stages[name]
             if name in self.known and (self.known[name].path / "model").is_dir():
                 return hub.Source(str(self.known[name].path / "model"))
-            return self._local(stage.model) if hasattr(stage, "model") else None
+            below = stage.giver(self.recipe) if isinstance(stage, Sweep) else getattr(stage, "model", None)
+            return self._local(below) if below else None
         return self._located(name)
 
     def _located(self, name: str) -> hub.Source | None:
@@ -128,6 +135,8 @@ class Predictor:
         if isinstance(stage, Pretrain):
             return shapes.size_of_pretrained(stage)
         if stage is not None:
+            if isinstance(stage, Sweep):
+                return self.size(stage.giver(self.recipe) or "")
             return self.size(stage.model) if hasattr(stage, "model") else None
         source = self._located(name)
         with contextlib.suppress(OSError, ValueError):
@@ -159,6 +168,10 @@ class Predictor:
         n = stage.epochs * (getattr(stage, "pairs", None) or rows.splits.get("train", 0.0))
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
+        elif (
+            isinstance(stage, TrainReward) and stage.positive is not None
+        ):  # pairs: of half of the rows with the others
+            n = stage.epochs * stage.pairs if stage.pairs else n / 2
         tokens = n * self._row_tokens(name, stage, rows)
         if size is None:
             return Cost(tokens, basis=f"{rows.basis}; the model is not known")
@@ -199,7 +212,7 @@ class Predictor:
             config = info["config"]
             if info["name"] == name and config["data"] == stage.data and info["tokens"] and info["steps"]:
                 return info["tokens"] / (info["steps"] * config["batch_size"] * config["accumulation"])
-        return rows.tokens
+        return rows.tokens * (1 if getattr(stage, "positive", None) is None else 2)
 
     def _evaluation(self, name: str, stage: Evaluate) -> Cost:
         rows, before = self.rows(stage.data), self.before(name)
@@ -235,6 +248,29 @@ class Predictor:
         saved = 4 * size.parameters
         return Cost(None, LOAD_SECONDS + saved / 100e6, self.floor + 2.5 * saved, None, saved, "the model's size")
 
+    def _sweep(self, stage: Sweep) -> Cost:
+        """All trials: what each would cost by itself, at most, for what is shared or there already is taken."""
+        n, points = stage.count(), grid(stage.space)
+        points = points[:: 1 + len(points) // TRIALS_LOOKED_AT]
+        each, names = list[Cost](), list[str]()
+        for settings in points:
+            trial = stage.trial_recipe(self.recipe, settings)
+            inner = Predictor(trial, RunFolder(Path()))
+            inner.known, inner.earlier, inner._rows = self.known, self.earlier, dict(self._rows)
+            names = stage.affected(trial)
+            each += [inner.cost(name) for name in names]
+        basis = f"{n} trials of {', '.join(names)}, at most: what is there already is taken"
+        if unknown := next((c.basis for c in each if c.seconds is None), None):
+            basis = f"{n} trials of {', '.join(names)}; {unknown}"
+
+        def over(field: str) -> float | None:
+            values = [getattr(c, field) for c in each]
+            return None if None in values else sum(values) * n / len(points)
+
+        memory = [c.memory_bytes for c in each]
+        most = None if None in memory else max(m or 0.0 for m in memory)
+        return Cost(over("tokens"), over("seconds"), most, None, over("disk_bytes"), basis)
+
     def _as_before(self, name: str, stage: Any) -> Cost:
         """What samples (rl, generate): from an earlier result of the same stage with the same model, by how much is asked."""
         info = next((i for i in self.earlier if i["name"] == name and i["kind"] == stage.kind and i["seconds"]), None)
@@ -259,6 +295,8 @@ class Predictor:
         steps = stage.max_steps
         if steps is None and (rows := self.rows(stage.data)):
             steps = stage.epochs * rows.splits.get("train", 0.0) / prompts
+        if steps is not None and stage.kind == "warp":  # whose steps are of each policy of each round
+            steps *= getattr(stage, "rounds", 1) * getattr(stage, "policies", 1)
         samples = then["batch_size"] * then["accumulation"] * then["completions"] * (info["steps"] or 0)
         before = samples * then["decoding"]["max_new_tokens"]
         return (

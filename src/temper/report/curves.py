@@ -17,11 +17,26 @@ NAMES = {
     "reward_std": "spread of rewards in a group", "groups_without_variance": "groups of equal rewards, share",
     "kl": "KL to the start, nats a token", "entropy": "entropy, nats a token", "length": "completion length, tokens",
     "cut": "cut by the length limit, share", "ratio": "ratio to the sampling policy",
+    "distinct_2": "distinct pairs of words, share", "self_bleu": "self-BLEU of a rollout",
+    "loop_share": "looping texts, share", "same_opening": "texts with one opening, share",
     "clipped": "clipped tokens, share", "sampling_gap": "sampling gap, nats a token",
 }  # fmt: skip
 PART = "reward_"  # of a part of the reward
 # In the order of reading; the loss and what is not named here stand between.
-FIRST = ["reward", PART, "reward_std", "groups_without_variance", "kl", "entropy", "length", "cut"]
+FIRST = [
+    "reward",
+    PART,
+    "reward_std",
+    "groups_without_variance",
+    "kl",
+    "entropy",
+    "length",
+    "cut",
+    "distinct_2",
+    "self_bleu",
+    "loop_share",
+    "same_opening",
+]
 LAST = ["ratio", "clipped", "sampling_gap", "lr", "grad_norm", "tokens_per_second"]
 VALIDATION = "validation_"
 
@@ -74,7 +89,11 @@ def titled(name: str) -> str:
 def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
     """The curves of one training stage."""
     out = []
+    apart = list(dict.fromkeys(str(line["policy"]) for line in metrics if "policy" in line))
     for name in names(metrics):
+        if apart:
+            out += _of_policies(metrics, name, apart)
+            continue
         series, note = [], ""
         if train := points(metrics, name):
             series.append(Series(name, train, 1))
@@ -90,6 +109,20 @@ def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
             title = titled(name)
             out.append(Figure(title, legend, lines(series, f"{title} over steps"), note))
     return out
+
+
+def _of_policies(metrics: list[dict[str, Any]], name: str, apart: list[str]) -> list[Figure]:
+    """A curve of policies trained apart: `policy` is ROUND.POLICY, and a policy of each round has the same colour."""
+    series = []
+    for policy in apart:
+        if found := points([line for line in metrics if str(line.get("policy")) == policy], name):
+            number = policy.rpartition(".")[2]
+            series.append(Series(f"policy {policy}", found, int(number) if number.isdecimal() else 1))
+    if not series:
+        return []
+    legend = {s.colour: f"policy {s.colour}" for s in series}
+    title = titled(name)
+    return [Figure(title, sorted(legend.items()), lines(series, f"{title} over steps"), "rounds one after another")]
 
 
 def overlaid(runs: list[tuple[str, list[dict[str, Any]]]]) -> list[Figure]:

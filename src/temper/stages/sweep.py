@@ -162,7 +162,7 @@ class Sweep(Stage):
         out: list[str] = []
         trimmed = self._trimmed(recipe)
         for name in self.below(recipe):
-            stage = trimmed.stages[name]  # another sweep is asked for what it measures: two could ask each other for ever
+            stage = trimmed.stages[name]  # of another sweep what it measures: two could ask each other for ever
             reads = stage.measured if isinstance(stage, Sweep) else recipes.dependencies(trimmed, name)
             if varied & {*TOP, replica(name)[0]} or any(n in out for n in reads):
                 out.append(name)
