@@ -17,6 +17,7 @@ from temper import rewards
 from temper.errors import DataError, RecipeError, TrainingError
 from temper.pipeline import Choice
 from temper.runfolder import read_json
+from temper.stages.rl import Rl
 from temper.types import Record
 from test_resume import die_at_each, reference, started
 
@@ -124,6 +125,29 @@ def test_a_damaged_rollout_costs_steps_and_not_the_result(forks: Workshop, smoke
     assert lines_of(folders[0] / "grpo" / "metrics.jsonl") == lines_of(folders[1] / "grpo" / "metrics.jsonl")
 
 
+def test_a_baseline_of_earlier_rollouts_outlives_a_kill(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+    """Also where a rollout must be sampled anew, whose forerunner is used up."""
+    fields = {
+        "algorithm": "reinforce", "completions": 1, "batch_size": 5, "rollout_steps": 1, "iterations": 1, "adapter": None,
+        "kl": {"samples": "one", "level": "token"}, "max_steps": 5, "checkpoint_every": 2, "merge": False,
+    }  # fmt: skip
+    how: dict[str, Any] = {"overrides": {"stages": {"grpo": {**RL, **fields}}}, "only": ["grpo"]}
+    folders = [copy_stages(smoke_run, tmp_path / n, "corpus", "tiny", "news") for n in ("whole", "killed")]
+    assert forks.run(folders[0], **how)["status"] == 0
+    assert forks.run(folders[1], die_at="step 4 in grpo.partial/metrics.jsonl", **how)["status"] == -signal.SIGKILL
+    rollouts = folders[1] / "grpo.partial" / "rollouts"
+    assert (rollouts / "1.rollout").exists(), "step 2 is the last checkpoint, and the next baseline stands in this"
+    for number in (2, 3):
+        (rollouts / f"{number}.rollout").unlink()
+    assert forks.run(folders[1], **how)["status"] == 0
+    assert weights(folders[0]) == weights(folders[1])
+    # whose baseline is not nothing: another history gives other weights
+    other = {**fields, "advantage": {"baseline": {"mean": "batch"}}}
+    folder = copy_stages(smoke_run, tmp_path / "other", "corpus", "tiny", "news")
+    assert forks.run(folder, overrides={"stages": {"grpo": {**RL, **other}}}, only=["grpo"])["status"] == 0
+    assert weights(folder) != weights(folders[0])
+
+
 def test_a_prompt_met_twice_in_a_rollout_is_answered_anew(smoke_run: Path, tmp_path: Path) -> None:
     """A rollout goes over the end of an epoch, whose last batch is a short one."""
     prompts = read_json(smoke_run / "news" / "card.json")["splits"]["train"]
@@ -226,6 +250,19 @@ def test_a_users_reward_is_part_of_the_key(smoke_run: Path, tmp_path: Path) -> N
         ({"decoding": {"temperature": 1, "top_p": 0.9}}, "another distribution"),
         ({"kl": {"estimator": "k1"}}, "no gradient"),
         ({"kl": {"place": "reward", "estimator": "k3"}}, "not an unbiased"),
+        ({"kl": {"level": "sequence", "estimator": "k3"}}, "grows with e"),
+        ({"algorithm": "dapo", "kl": {"place": "loss", "beta": None}}, "not how much it weighs"),
+        ({"algorithm": "rloo", "completions": 1}, "groups of one.*leave_one_out compares"),
+        ({"algorithm": "reinforce", "advantage": "leave_one_out", "completions": 1}, "groups of one"),
+        ({"advantage": {"global": {"mean": "group"}}, "completions": 1}, "groups of one"),
+        ({"algorithm": "reinforce"}, "serves 4 steps"),
+        ({"algorithm": "gspo", "average": "token"}, "one ratio a completion"),
+        (
+            {"algorithm": "reinforce++", "completions": 1, "batch_size": 1, "rollout_steps": 1},
+            "nothing to compare it with",
+        ),
+        ({"algorithm": {"cispo": {"epsilon": 0.2}}}, "no option"),
+        ({"advantage": {"baseline": {"mean": "moving"}}}, "does not fit"),
         ({"reward": ["toxicity"]}, "asks a classifier"),
         ({"classifier": "tiny"}, "no reward asks it"),
         ({"reward": ["tocixity"]}, "there is no reward"),
@@ -281,3 +318,55 @@ def test_an_adapter_that_was_not_merged_is_folded_in_first(smoke_run: Path, tmp_
     assert (folder / "grpo" / "stage.json").is_file() and json.loads((folder / "grpo" / "stage.json").read_text())[
         "name"
     ]
+
+
+ONE = {"rollout_steps": 1, "iterations": 1}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "fields", "expected"),
+    [
+        ("grpo", {}, ({"group": {}}, "sequence", False, (0.04, "loss", "token", "k3"))),
+        ("dr_grpo", {}, ({"group": {"scale": "none"}}, "constant", False, (0, "loss", "token", "k3"))),
+        ("dapo", {"mask_cut": False}, ({"group": {}}, "token", False, (0, "loss", "token", "k3"))),
+        ("dapo", {}, ({"group": {}}, "token", True, (0, "loss", "token", "k3"))),
+        ("rloo", {}, ({"leave_one_out": {}}, "sum", False, (0.05, "reward", "sequence", "k1"))),
+        ("rloo", {"advantage": "group", "average": "token"}, ("group", "token", False, (0.05, "reward", "sequence", "k1"))),
+        ({"rloo": {"epsilon": 0.1}}, {"kl": {"place": "loss", "level": "sequence"}}, ({"leave_one_out": {}}, "sum", False, (0.05, "loss", "sequence", "k2"))),
+        ("reinforce", ONE, ({"baseline": {}}, "sum", False, (0.05, "reward", "sequence", "k1"))),
+        ("reinforce++", {"kl": {"beta": 0.2}}, ({"global": {}}, "sequence", False, (0.2, "reward", "token", "k1"))),
+    ],
+)  # fmt: skip
+def test_a_name_gives_the_whole_of_its_paper_and_the_recipe_overrides(
+    algorithm: Any, fields: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    given = {name: value for name, value in RL.items() if name != "stage"}
+    rl = Rl.model_validate({**given, "algorithm": algorithm, **fields})
+    kl = (rl.kl.beta, rl.kl.place, rl.kl.level, rl.kl.estimator)
+    assert (rl.advantage, rl.average, rl.mask_cut, kl) == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"algorithm": "rloo", "completions": 3},
+        {"algorithm": "rloo", "kl": {"place": "loss", "level": "sequence", "samples": "one"}},
+        {"algorithm": "gspo", "mask_cut": True},
+        {"algorithm": "dapo", "kl": {"beta": 0.1, "samples": "one"}},
+        {"algorithm": "reinforce++", "completions": 1, "batch_size": 7},
+        {"algorithm": "reinforce", "advantage": {"baseline": {"mean": "none"}}, "completions": 1, **ONE},
+    ],
+    ids=str,
+)
+def test_algorithms_run(smoke_run: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    stage = run(tmp_path / "run", smoke_run, **{"max_steps": 5, "merge": False, **fields})
+    rollouts, steps = metrics(stage)
+    assert len(steps) == 5 and steps[0]["sampling_gap"] < 1e-4 and steps[0]["grad_norm"] > 0
+    if "ratio" in steps[0]:
+        assert steps[0]["ratio"] == pytest.approx(1, abs=1e-5) and abs(steps[3]["ratio"] - 1) > 1e-6
+    for x in rollouts:
+        assert {"distinct_2", "self_bleu", "loop_share", "same_opening"} <= set(x)
+        assert 0 <= x["self_bleu"] <= 1
+    if "kl" in {**steps[0], **rollouts[0]}:
+        first = steps[0].get("kl", rollouts[0].get("kl"))
+        assert first == pytest.approx(0, abs=1e-6), "the reference is the policy at the start"

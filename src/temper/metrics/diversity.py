@@ -97,7 +97,11 @@ def _bleu(
     orders = min(ORDER, length)
     logs, matched = 0.0, False
     for n in range(orders):
-        found = sum(min(c, max(r[n][gram] for r in references)) for gram, c in grams[n].items())
+        most = dict[tuple[str, ...], int]()  # of each n-gram of the text, in one reference
+        for r in references:
+            for gram in grams[n].keys() & r[n].keys():
+                most[gram] = max(most.get(gram, 0), r[n][gram])
+        found = sum(min(grams[n][gram], count) for gram, count in most.items())
         matched = matched or found > 0
         logs += math.log((found or FLOOR) / (length - n))
     nearest = min(reference_lengths, key=lambda r: (abs(r - length), r))
@@ -113,13 +117,12 @@ def loops(text: Sequence[str], *, longest: int = 20, times: int = 3, least: int 
     codes = {w: k for k, w in enumerate(dict.fromkeys(text))}
     a = np.array([codes[w] for w in text])
     for period in range(1, min(longest, len(a) // times) + 1):
-        equal = np.concatenate([[0], a[period:] == a[:-period], [0]]).astype(np.int8)
-        edges = np.flatnonzero(np.diff(equal))
-        run = int(
-            (edges[1::2] - edges[::2]).max(initial=0)
-        )  # equal pairs in a row: the repeated text is `period` longer
-        if run and run + period >= max(times * period, least):
-            return True
+        equal = a[period:] == a[:-period]
+        needed = max(times * period, least) - period  # equal pairs in a row: the repeated text is `period` longer
+        if np.count_nonzero(equal) >= needed:  # most texts are done with here
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], equal, [0]]).astype(np.int8)))
+            if (edges[1::2] - edges[::2]).max(initial=0) >= needed:
+                return True
     return False
 
 
@@ -130,17 +133,18 @@ def same_opening_rows(texts: Sequence[list[str]]) -> np.ndarray:
     return np.array([float(count[o] > 1) for o in openings])
 
 
-def variety_of(texts: Sequence[str], *, most: int = 64, references: int = 4) -> dict[str, float | None]:
-    """The same of a rollout's completions, in a few milliseconds: self-BLEU of the first `most` alone.
+def variety_of(texts: Sequence[str], *, most: int = 32, references: int = 4) -> dict[str, float | None]:
+    """The same of a rollout's completions, in a few milliseconds: self-BLEU of `most` of them alone, from all over.
 
     `self_bleu` has fewer references than the metric, so that the two numbers differ.
     """
     split = [words(text) for text in texts]
     pairs = [ngrams(t, 2) for t in split]
+    some = [split[i] for i in np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int)]
     distinct = [len(set(run)) / len(run) for run in pairs if run]
     return {
         "distinct_2": float(np.mean(distinct)) if distinct else None,
-        "self_bleu": float(self_bleu_rows(split[:most], references).mean()) if len(split) > 1 else None,
+        "self_bleu": float(self_bleu_rows(some, references).mean()) if len(split) > 1 else None,
         "loop_share": float(np.mean([loops(t) for t in split])),
         "same_opening": float(same_opening_rows(split).mean()),
     }
