@@ -262,6 +262,9 @@ def test_the_plan_of_a_sweep_is_the_sum_of_its_trials(swept: tuple[Path, Path], 
         return next(s for s in plan.make(loaded, out, Choice(only=["tuned"])) if s.name == "tuned")
 
     assert step(run).state == plan.CACHED
+    loaded = recipe.load(file, overrides={"stages": {"sft": {"batch_size": 5}}})
+    why = next(s for s in plan.make(loaded, run, Choice(only=["tuned"])) if s.name == "tuned")
+    assert why.state == plan.RUNS and "what its trials run has changed" in why.reason
     new = step(tmp_path / "none")
     assert "4 trials of sft, compare, at most" in new.cost.basis
     assert new.cost.tokens and new.cost.seconds

@@ -120,6 +120,8 @@ def _changes(recipe: Recipe, name: str, present: Result, keys: dict[str, str]) -
         out.append(f"its input changes: {', '.join(moved)}")
     if stage.version != info["version"]:
         out.append(f"version {info['version']} → {stage.version} of this kind of stage")
+    if not out and stage.kind == "sweep":
+        return ["what its trials run has changed: settings of a stage that is measured, the seed, or what they read"]
     return out or ["the seed, or the content of a file or model that it reads, has changed"]
 
 
