@@ -39,8 +39,8 @@ from temper.types import Record
 class Kl(Config):
     """How far the policy is held to the model it started from."""
 
-    beta: float = detail(0.04, "Weight of the KL term; 0: none. Its default is the algorithm's.", ge=0)
-    place: Literal["loss", "reward"] = detail("loss", "loss or reward. Its default is the algorithm's.")
+    beta: float = detail(0.04, "Weight of the KL term; 0: none.", ge=0)
+    place: Literal["loss", "reward"] = detail("loss", "loss: beside the policy's; reward: taken off it.")
     level: Level = detail(
         "token",
         "In the reward, sequence (the default there): a completion bears the KL of all its tokens; token: a token bears its own "
@@ -135,7 +135,7 @@ class Rl(TrainingStage):
         "algorithm's.",
     )
     mask_cut: bool = detail(False, "Do not train on completions that max_new_tokens cut. On by default in dapo alone.")
-    kl: Kl = detail(Kl(), "The KL term to the model before training.")
+    kl: Kl = detail(Kl(), "The KL term to the model before training. Its defaults are the algorithm's; these are of grpo.")
     collapse: Collapse = detail(Collapse(), "When to warn that variety is lost.", affects_result=False)
     lr: float = detail(1e-5, "Peak learning rate.", gt=0)
     schedule: str = detail("constant", "cosine, linear or constant; see `temper list schedules`.")
