@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from temper.data import formats, sources
+from temper.data import formats, sources, templates
 from temper.errors import DataError, RecipeError
 from temper.types import Record
 
@@ -37,12 +37,12 @@ def test_templates(template, expected):
 
 
 def test_a_prompt_is_the_beginning_of_a_text_and_its_completion_the_rest():
-    templates = {"prompt": "{text|first 3 words}", "completion": "{text | after 3 words}!", "text|x": ""}
+    made_by = {"prompt": "{text|first 3 words}", "completion": "{text | after 3 words}!"}
     rows = [Record({"text": "  Ця стрічка —\tсправжнє  диво"}, "a:1"), Record({"text": "коротко"}, "a:2")]
-    made = [r.row for r in formats.apply(rows, {k: v for k, v in templates.items() if k in ("prompt", "completion")})]
+    made = [r.row for r in formats.apply(rows, made_by)]
     assert made[0] == {"prompt": "Ця стрічка —", "completion": "справжнє  диво!"}
     assert made[1] == {"prompt": "коротко", "completion": "!"}
-    assert formats.columns("{text|first 3 words} {other|last 3 words}", "text") == {"text", "other|last 3 words"}
+    assert templates.columns("{text|first 3 words} {other|last 3 words}", "text") == {"text", "other|last 3 words"}
     with pytest.raises(DataError, match=r"only a text has words.*«text» holds") as caught:
         formats.apply([Record({"text": ["a"]}, "a:7")], {"text": "{text|first 1 word}"})
     assert caught.value.where == "a:7"

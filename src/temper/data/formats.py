@@ -1,8 +1,7 @@
 """Rows of any source → rows of TRL's dataset types, by templates.
 
-    prompt: "Summarise:\n{text}"       {column} is replaced by the row's value, {{ and }} are braces
-    prompt: "{text|first 6 words}"     the beginning of a text; {text|after 6 words} is the rest
-    completion: "{summary}"            a template that is one column alone keeps the value's type
+    prompt: "Summarise:\n{text}"
+    completion: "{summary}"
     messages: [{role: user, content: "{question}"}, {role: assistant, content: "{answer}"}]
 
 The types (https://huggingface.co/docs/trl/dataset_formats), by a row's columns:
@@ -19,11 +18,11 @@ The types (https://huggingface.co/docs/trl/dataset_formats), by a row's columns:
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from temper.data.templates import filled, is_null, parsed
 from temper.errors import DataError, RecipeError, nearest
 from temper.types import Record, Row
 
@@ -32,136 +31,11 @@ COLUMNS = (*TEXT_COLUMNS, "label")
 TYPES = ("language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference")
 ROLES = ("user", "assistant", "system", "tool")
 
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
-
-
-_WORDS = re.compile(r"(.+?)\s*\|\s*(first|after) (\d+) words?")
-
-
-class Column(str):
-    """A column's name inside a parsed template, apart from literal text; and which of its words are meant."""
-
-    part: tuple[str, int] | None = None  # (first or after, how many words)
-
-    def of(self, value: Any, where: str = "") -> Any:
-        """What a template takes of a row's value.
-
-        Raises:
-            DataError: words of what is no text.
-
-        >>> [Column.read(f"review | {part} 2 words").of("One  of the\\nbest") for part in ("first", "after")]
-        ['One  of', 'the\\nbest']
-        """
-        if self.part is None or value is None:
-            return value
-        side, n = self.part
-        if not isinstance(value, str):
-            raise DataError(f"only a text has words, and column «{self}» holds {value!r:.60}", where=where)
-        words = list(re.finditer(r"\S+", value))
-        if side == "first":
-            return value[words[0].start() : words[:n][-1].end()] if words and n else ""
-        return value[words[n].start() :] if n < len(words) else ""
-
-    @classmethod
-    def read(cls, text: str) -> Column:
-        """`name`, `name|first N words` or `name|after N words`; words are what white space parts."""
-        if (match := _WORDS.fullmatch(text)) is None:
-            return cls(text)
-        column = cls(match[1])
-        column.part = (match[2], int(match[3]))
-        return column
-
-
-Parsed = list[str]  # literal text and Columns, in order
-
-
-def parse(template: str, *, where: str = "") -> Parsed:
-    """A template cut into literal text and columns.
-
-    >>> parse("{{{text}}}: {n}")
-    ['{', 'text', '}: ', 'n']
-
-    Raises:
-        RecipeError: a brace that opens or closes nothing.
-    """
-    pieces: Parsed = [""]
-    position = 0
-
-    def literal(text: str) -> None:
-        if isinstance(pieces[-1], Column):
-            pieces.append("")
-        pieces[-1] += text
-
-    for match in _PIECE.finditer(template):
-        literal(template[position : match.start()])
-        position = match.end()
-        if match[1] is not None:
-            pieces.append(Column.read(match[1]))
-        elif match[0] in ("{{", "}}"):
-            literal(match[0][0])
-        else:
-            raise RecipeError(
-                f"a lone «{match[0]}» at character {match.start() + 1} of the template {template!r}",
-                where=where,
-                do="write {column} for a column, {{ and }} for braces",
-            )
-    literal(template[position:])
-    return [piece for piece in pieces if piece]
-
-
-def _parse_all(template: Any, where: str) -> Any:
-    """Strings inside lists and dictionaries parsed in place; a parsed one becomes a tuple."""
-    if isinstance(template, str):
-        return tuple(parse(template, where=where))
-    if isinstance(template, list):
-        return [_parse_all(part, f"{where}[{i}]") for i, part in enumerate(template)]
-    if isinstance(template, dict):
-        return {key: _parse_all(part, f"{where}.{key}") for key, part in template.items()}
-    return template
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # parquet made by pandas writes NaN
-
-
-def _column(record: Record, name: str, key: str) -> Any:
-    if name not in record.row:
-        have = ", ".join(record.row)
-        raise DataError(
-            f"template «{key}» asks for the column «{name}»; this row has: {have}",
-            where=record.where,
-            do=nearest(name, record.row),
-        )
-    return record.row[name]
-
-
-def _fill(parsed: Any, record: Record, key: str) -> Any:
-    if isinstance(parsed, list):
-        return [_fill(part, record, key) for part in parsed]
-    if isinstance(parsed, dict):
-        return {name: _fill(part, record, key) for name, part in parsed.items()}
-    if not isinstance(parsed, tuple):
-        return parsed
-    if len(parsed) == 1 and isinstance(parsed[0], Column):
-        value = parsed[0].of(_column(record, parsed[0], key), record.where)
-        return "" if _is_null(value) and key != "label" else value
-    out = []
-    for piece in parsed:
-        value = piece.of(_column(record, piece, key), record.where) if isinstance(piece, Column) else piece
-        if isinstance(value, list | dict):
-            raise DataError(
-                f"column «{piece}» holds a {type(value).__name__}, which cannot stand inside the text of «{key}»",
-                where=record.where,
-                do=f'only the template "{{{piece}}}" alone can pass it on',
-            )
-        out.append("" if _is_null(value) else str(value))
-    return "".join(out)
-
 
 def _label(value: Any) -> Any:
     """CSV knows only text: a label that reads as true, false or a number is one."""
     if not isinstance(value, str):
-        return None if _is_null(value) else value
+        return None if is_null(value) else value
     if value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     for number in (int, float):
@@ -197,7 +71,7 @@ def apply(
             raise RecipeError(f"there is no dataset column «{key}» to make", do=nearest(key, COLUMNS))
         if key in keep:
             raise RecipeError(f"«{key}» is both kept and made by a template", do="take it out of `keep`")
-    parsed = {key: _parse_all(template, key) for key, template in templates.items()}
+    ready = {key: parsed(template, key) for key, template in templates.items()}
     known = {name for record in records for name in record.row}
     for name in keep:
         if name not in known:
@@ -205,10 +79,10 @@ def apply(
     out: list[Record] = []
     first = ""
     for record in records:
-        row = {key: _fill(template, record, key) for key, template in parsed.items()} if parsed else dict(record.row)
+        row = {key: filled(template, record, key) for key, template in ready.items()} if ready else dict(record.row)
         if "label" in row:
             row["label"] = _label(row["label"])
-        if parsed:
+        if ready:
             row |= {name: record.row.get(name) for name in keep}
         kind = dataset_type(row, where=record.where)
         first = first or kind
@@ -222,32 +96,6 @@ def apply(
             do="give templates (prompt, completion, chosen, rejected, messages, text, label) that make such rows",
         )
     return out
-
-
-def fill(records: Sequence[Record], template: Any, name: str) -> list[Any]:
-    """One template filled in for each record; `name` is what errors call it.
-
-    >>> fill([Record({"n": 2}, "file:1")], "{n} books", "question")
-    ['2 books']
-
-    Raises:
-        RecipeError: a lone brace.
-        DataError: a row without a column.
-    """
-    parsed = _parse_all(template, name)
-    return [_fill(parsed, record, name) for record in records]
-
-
-def columns(template: Any, name: str) -> set[str]:
-    """The columns that a template asks for.
-
-    >>> sorted(columns([{"role": "user", "content": "{a} and {b}"}], "messages"))
-    ['a', 'b']
-    """
-    if isinstance(template, str):
-        return {str(piece) for piece in parse(template, where=name) if isinstance(piece, Column)}
-    parts = template.values() if isinstance(template, dict) else template if isinstance(template, list) else []
-    return {column for part in parts for column in columns(part, name)}
 
 
 def dataset_type(row: Row, *, where: str = "") -> str:
@@ -364,7 +212,7 @@ def plain(value: Any) -> Any:
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
-    if _is_null(value):
+    if is_null(value):
         return None
     return value if isinstance(value, str | int | float) else str(value)
 

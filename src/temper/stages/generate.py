@@ -14,6 +14,7 @@ from temper.data.grow import Seen, examples
 from temper.data.reject import Reject
 from temper.data.sources import Source
 from temper.data.split import Splits, leaks
+from temper.data.templates import columns, fill
 from temper.engine import device as devices
 from temper.errors import DataError, RecipeError
 from temper.job import Job
@@ -96,7 +97,7 @@ class Generate(Stage):
         kind, templates = self._kind(), self._templates()
         if strange := [n for n in templates if n not in kind]:
             raise ValueError(f"{', '.join(templates)} do not go together: take out {' and '.join(strange)}")
-        used = {c for n, t in templates.items() for c in formats.columns(t, n)} | set(self.keep)
+        used = {c for n, t in templates.items() for c in columns(t, n)} | set(self.keep)
         if self.into not in used and not (self.into in kind and self.into not in templates):
             raise ValueError(f"the answers go into «{self.into}», which no template of the new row asks for")
         if (self.classifier is None) != (self.reject.toxicity_below is None):
@@ -109,7 +110,7 @@ class Generate(Stage):
         if self.grow is None and self.example is not None:
             raise ValueError("example belongs to grow, which is not set")
         if self.grow is not None:
-            if self.example is None or formats.columns(self.instruction, "instruction") != {"examples"}:
+            if self.example is None or columns(self.instruction, "instruction") != {"examples"}:
                 raise ValueError(
                     "grow needs `example`, a template of one seed, and an instruction with {examples} alone"
                 )
@@ -168,7 +169,7 @@ class Generate(Stage):
             )
         prompts = self._prompts(records)
         against, facts = (
-            dict(enumerate(formats.fill(records, template or "", f"reject.{name}")))
+            dict(enumerate(fill(records, template or "", f"reject.{name}")))
             for name, template in (("against", self.reject.against), ("lost", self.reject.lost))
         )
         items: list[dict[str, Any]] = []
@@ -193,7 +194,7 @@ class Generate(Stage):
         assert self.grow is not None
         if not seeds:
             raise DataError(f"{self.data} has no rows in train to grow from", do="give it some")
-        shown = formats.fill(seeds, self.example, "example")
+        shown = fill(seeds, self.example, "example")
         seen = Seen(shown, self.reject.too_similar or NEAR)
         rows: list[Record] = []
         limit = self.grow * self.tries
@@ -227,7 +228,7 @@ class Generate(Stage):
         )  # fmt: skip
 
     def _prompts(self, records: Sequence[Record]) -> list[Record]:
-        filled = formats.fill(records, self.instruction, "instruction")
+        filled = fill(records, self.instruction, "instruction")
         return [
             Record({"prompt" if isinstance(text, str) else "messages": text}, record.where)
             for record, text in zip(records, filled, strict=True)
