@@ -158,7 +158,7 @@ class Warp(Rl):
             base, models, folder, functools.partial(applied, configured(self.merging, "merging"), None), eta=eta
         )
         self._tokenizer(job, start).save_pretrained(folder)
-        shutil.rmtree(job.dir / "whole")
+        shutil.rmtree(job.dir / "whole", ignore_errors=True)  # whole weights need none
         warnings = ["a policy ended where it began: nothing of it is in the merge"] if 0.0 in norms else []
         lengths = ", ".join(f"{n:.3g}" for n in norms)
         text = f"task vectors of norm {lengths}; mean cosine between two {cosine:.3f}"
