@@ -18,7 +18,7 @@ from temper.errors import RecipeError, nearest
 from temper.recipe import Top, stages
 from temper.registry import Registry
 
-CONFIGURED = {"metric", "reward", "algorithm", "advantage", "pair loss"}  # what takes options: {NAME: {option: value}}
+CONFIGURED = {"metric", "reward", "algorithm", "advantage", "pair loss", "merge rule"}  # what takes options: {NAME: {option: value}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,7 @@ def _tables() -> dict[str, Registry[Any]]:
     from temper.advantages import advantages
     from temper.engine import optim
     from temper.losses import pair_losses, policy_losses, token_losses
+    from temper.merging import rules
     from temper.rewards import rewards
 
     return {
@@ -192,6 +193,7 @@ def _tables() -> dict[str, Registry[Any]]:
         "algorithms": policy_losses,
         "advantages": advantages,
         "losses": token_losses,
+        "rules": rules,
         "pair_losses": pair_losses,
         "optimizers": optim.optimizers,
         "schedules": optim.schedules,
