@@ -300,7 +300,10 @@ def test_a_prompt_without_room_for_an_answer_is_told(smoke_run: Path, tmp_path: 
     assert "mini:uk-news" in error.value.where
 
 
-def test_an_adapter_that_was_not_merged_is_folded_in_first(smoke_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [{"r": 4}, None], ids=["another adapter", "the whole model"])
+def test_an_adapter_that_was_not_merged_is_folded_in_first(
+    smoke_run: Path, tmp_path: Path, adapter: dict[str, int] | None
+) -> None:
     """The reference is the model before this stage, the earlier adapter in it; otherwise its KL would not start at 0."""
     folder = copy_stages(smoke_run, tmp_path / "run", "corpus", "tiny", "news")
     temper.app.run_recipe(
@@ -308,16 +311,18 @@ def test_an_adapter_that_was_not_merged_is_folded_in_first(smoke_run: Path, tmp_
         profile="smoke",
         overrides={
             "threads": 1,
-            "stages": {"sft": {"merge": False, "max_steps": 4}, "grpo": {**RL, "model": "sft", "max_steps": 3}},
+            "stages": {
+                "sft": {"merge": False, "max_steps": 4},
+                "grpo": {**RL, "model": "sft", "max_steps": 3, "adapter": adapter},
+            },
         },
         choice=Choice(only=["sft", "grpo"]),
         out=folder,
         quiet=True,
     )
     assert metrics(folder / "grpo")[1][0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert (folder / "grpo" / "stage.json").is_file() and json.loads((folder / "grpo" / "stage.json").read_text())[
-        "name"
-    ]
+    info = json.loads((folder / "grpo" / "stage.json").read_text())
+    assert (info["trainable_parameters"] == info["parameters"]) == (adapter is None)
 
 
 ONE = {"rollout_steps": 1, "iterations": 1}

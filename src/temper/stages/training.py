@@ -78,6 +78,7 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
         job.warn(notice)
     if isinstance(hf, PeftModel):  # training goes on from an unmerged adapter: fold it in, and train the next on top
         hf, _ = adapters.merged(hf)
+        hf.requires_grad_(True)  # an adapter's base is frozen
     if stage.adapter is not None:
         hf = adapters.attach(hf, stage.adapter, job.seed)
         for parameter in hf.parameters():
