@@ -36,7 +36,8 @@ def write_run(run: Path) -> Path:
     """A warp stage and a sweep of RLOO over the same two scores, a failed trial among them."""
     names = {"warp": "warp", "betas": "sweep"}
     manifest = {"schema": 1, "recipe": "review-sentiment", "profile": "mini", "seed": 20,
-                "stages": [{"name": n, "kind": k, "key": n} for n, k in names.items()]}  # fmt: skip
+                "stages": [*({"name": n, "kind": k, "key": n} for n, k in names.items()),
+                           {"name": "skipped", "kind": "evaluate", "key": None, "status": "skipped"}]}  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "recipe.yaml").write_text("name: review-sentiment\n")
@@ -117,6 +118,7 @@ def test_the_table_of_trials_says_what_failed_and_what_is_best(run: Path, tmp_pa
     assert [row[-1].text for row in table.rows][:4] == ["best", "failed", "done", "on the front"]
     assert [row[3].mark for row in table.rows].count("best") == 1 and table.rows[0][3].mark == "best"
     assert "7 of 8 trials done, 1 failed" in finding(stage.trials) and "rloo.kl.beta 0.01" in finding(stage.trials)
+    assert read_run(run).problems == []
     built = build([run], tmp_path / "a")
     page, text = built.read_text("utf-8"), (tmp_path / "a" / "report.md").read_text("utf-8")
     assert HOSTILE not in page and "&lt;script&gt;" in page

@@ -156,6 +156,10 @@ def test_a_killed_grid_ends_with_the_same_results(step: int, swept: tuple[Path, 
     assert (tmp_path / "run" / "tuned.partial" / "trials.json").is_file()
     before = {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("tuned.partial/trials/*/trial.json")}
     assert len(before) == 1
+    (planned,) = [
+        s for s in plan.make(recipe.load(file), tmp_path / "run", Choice(only=["tuned"])) if s.name == "tuned"
+    ]
+    assert (planned.state, planned.reason) == (plan.GOES_ON, "1 of its trials are done")
     run_recipe(file, out=tmp_path / "run", choice=Choice(only=["tuned"]), quiet=True)
     assert results(tmp_path / "run") == results(run)
     ours, theirs = (r / "tuned" / "adapter" / "adapter_model.safetensors" for r in (tmp_path / "run", run))

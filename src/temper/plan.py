@@ -98,6 +98,8 @@ def _why(recipe: Recipe, name: str, target: RunFolder, keys: dict[str, str], *, 
             return GOES_ON, f"from step {step}, where it was stopped"
         if answered:
             return GOES_ON, f"the answers of {answered} of its models are kept"
+        if tried := len(list(target.partial(name).glob("trials/*/trial.json"))):
+            return GOES_ON, f"{tried} of its trials are done"
         return RUNS, "it was stopped before anything of it was kept"
     present = target.peek(name)
     if present is None:

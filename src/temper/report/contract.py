@@ -16,7 +16,7 @@ class ManifestStage(BaseModel):
 
     name: str
     kind: str = ""
-    key: str = ""
+    key: str | None = None  # null where it was not asked for
     cached: bool = False
     status: str = "done"  # done | skipped | failed | pending
     error: str | None = None
