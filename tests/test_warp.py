@@ -17,6 +17,7 @@ from temper import recipe as recipes
 from temper.errors import RecipeError
 from temper.models.folders import Tensors
 from temper.runfolder import progress, read_json
+from temper.stages.front import front, reopened
 from test_resume import same
 
 WARP: dict[str, Any] = {
@@ -81,6 +82,20 @@ def test_the_ends_of_the_front_are_the_start_and_the_last_merge(finished: Path) 
     assert kl[0]["value"] == kl[0]["high"] == 0 < kl[1]["low"] <= kl[1]["value"] < kl[2]["value"]
     for point in found["points"]:
         assert point["y"]["low"] <= point["y"]["value"] <= point["y"]["high"] and point["y"]["n"] == 6
+
+
+def test_a_script_can_measure_the_same_points(finished: Path, tmp_path: Path) -> None:
+    """And others: of any models, here of the stage's own model beside the last merge."""
+    stage = finished / "grpo"
+    loaded = recipes.load("detox-summarization", profile="smoke", overrides={"threads": 1, "stages": {"grpo": WARP}})
+    job = reopened(loaded, finished, "grpo", tmp_path / "measured")
+    warp: Any = loaded.stages["grpo"]
+    start = finished / "tiny" / "model"
+    found = front(job, warp, start, stage / "merged", [1.0], prompts=6)
+    assert found["points"] == read_json(stage / "front.json")["points"][-1:]
+    other = reopened(loaded, finished, "grpo", tmp_path / "other")
+    [model] = front(other, warp, start, stage / "model", [1.0], prompts=3, completions=2)["points"]
+    assert 0 < model["x"]["value"] < found["points"][0]["x"]["value"] and model["x"]["n"] == 3
 
 
 def test_policies_differ_and_their_products_are_merged(halfway: Path, finished: Path) -> None:
@@ -177,8 +192,8 @@ def test_what_cannot_work_is_refused_before_anything_runs(fields: dict[str, Any]
 
 
 def test_the_front_needs_held_out_prompts() -> None:
-    for front, refused in (([0.0, 1.0], True), ([], False)):
-        stages = {"news": {"validation": 0}, "grpo": {**WARP, "front": front}, "sft": {"evaluate_every": 100}}
+    for etas, refused in (([0.0, 1.0], True), ([], False)):
+        stages = {"news": {"validation": 0}, "grpo": {**WARP, "front": etas}, "sft": {"evaluate_every": 100}}
         if refused:
             with pytest.raises(RecipeError, match="the front is measured"):
                 recipes.load("detox-summarization", profile="smoke", overrides={"stages": stages})

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from temper import hub, statistics
+from temper import recipe as recipes
 from temper.engine import device as devices
 from temper.errors import TrainingError
-from temper.job import Job
+from temper.job import Job, Log
 from temper.models import adapters, folders, load
 from temper.models.scores import Policy
-from temper.runfolder import read_sealed, write_sealed
+from temper.recipe import Recipe
+from temper.runfolder import RunFolder, read_sealed, write_sealed
 from temper.stages.rl import Rl
 from temper.stages.rollout import text_of
 from temper.stages.scoring import divergence
@@ -52,6 +54,20 @@ def front(
         points.append({"label": f"η = {eta:g}", "setting": {"liti": eta}, **point})
         job.say(f"η = {eta:g}: reward {point['y']['value']:.3f}, KL to the start {point['x']['value']:.3f} nats")
     return {"x": "kl", "y": "reward_mean", "points": points}
+
+
+def reopened(recipe: Recipe, run: Path, name: str, folder: Path) -> Job:
+    """A job like the one that made a finished stage of a run, in another folder: for a script that measures more of it.
+
+    Args:
+        folder: where `front` keeps its points; one for each pair of start and end.
+    """
+    target = RunFolder(run)
+    inputs = {n: found for n in recipes.dependencies(recipe, name) if (found := target.peek(n))}
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(recipe, name, folder, inputs, Log(None))
+    job.start_clock()
+    return job
 
 
 def _measured(
