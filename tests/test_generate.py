@@ -214,6 +214,25 @@ def test_the_classifier_has_a_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_a_label_that_the_classifier_lacks_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+    folder = str(random_classifier(tmp_path / "classifier"))
+    asks = {"classifier": folder, "toxic_label": "rude", "reject": {"toxicity_below": 0.5}}
+    judged = {
+        "stage": "evaluate", "models": [], "data": "news.train", "classifier": folder,
+        "metrics": [{"toxicity": {"label": "rude"}}],
+    }  # fmt: skip
+    with serving(insult) as served:
+        file = write(tmp_path, served.url, **asks)
+        with pytest.raises(ModelError, match="labels are clean, toxic") as e:
+            temper.run(file, out=tmp_path / "run", quiet=True)
+        assert "write toxic_label: …" in e.value.do
+        stages = {"toxic": None, "look": {**judged, "models": [f"{served.url}#m"]}}
+        with pytest.raises(ModelError, match="labels are clean, toxic") as e:
+            temper.run(file, {"stages": stages}, out=tmp_path / "run", quiet=True)
+        assert "metrics: [{toxicity: {label: …}}]" in e.value.do
+        assert served.requests == []
+
+
 def random_classifier(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification

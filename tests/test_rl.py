@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ import temper.app
 from staged_runs import Workshop, copy_stages, lines_of, weights
 from temper import recipe as recipes
 from temper import rewards
-from temper.errors import DataError, RecipeError, TrainingError
+from temper.errors import DataError, ModelError, RecipeError, TrainingError
 from temper.pipeline import Choice
 from temper.runfolder import read_json
 from temper.stages.rl import Rl
@@ -227,6 +228,15 @@ def test_a_reward_that_fails_is_told_with_its_row(tmp_path: Path, name: str, wha
     with pytest.raises(DataError) as error:
         rewards.compute(rewards.read([name], folder=tmp_path), given())
     assert what in error.value.what and where in error.value.where and error.value.do
+
+
+def test_what_the_classifier_says_is_not_put_down_to_the_reward() -> None:
+    def judge(texts: Any) -> Any:
+        raise ModelError("the classifier has no label «toxic»", do="write toxic_label: …")
+
+    asked = dataclasses.replace(given(), toxicity=judge)
+    with pytest.raises(ModelError, match=r"^the classifier has no label «toxic»\ndo: write toxic_label: …$"):
+        rewards.compute(rewards.read(["toxicity"]), asked)
 
 
 def test_a_users_reward_is_part_of_the_key(smoke_run: Path, tmp_path: Path) -> None:

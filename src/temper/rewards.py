@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from temper.errors import DataError, RecipeError, nearest
+from temper.errors import DataError, RecipeError, TemperError, nearest
 from temper.metrics.rouge import Variant, rouge
 from temper.metrics.words import words
 from temper.registry import Registry
@@ -257,6 +257,8 @@ def _values(part: Part, given: Given) -> np.ndarray:
     n = len(given.completions)
     try:
         found = list(part.call(given))
+    except TemperError:  # of the classifier or the reward model that is asked: it says itself what to do
+        raise
     except Exception as error:
         where, error = _culprit(part, given, error)
         raise DataError(

@@ -127,8 +127,7 @@ class Classifier(Policy):
     @property
     def labels(self) -> list[str]:
         """Names of the labels in the order of the head's outputs."""
-        names: Any = self.inner.config.id2label
-        return [str(names[k]) for k in range(len(names))]
+        return labels_of(self.inner.config)
 
     def find(self, label: str) -> tuple[int, str]:
         """The label's index, and a sentence where it goes by another name ("" where not).
@@ -138,18 +137,7 @@ class Classifier(Policy):
         Raises:
             ModelError: there is no such label, or more than one; it lists those there are.
         """
-        names = [name.casefold() for name in self.labels]
-        wanted = label.casefold()
-        if wanted in names:
-            return names.index(wanted), ""
-        close = [k for k, name in enumerate(names) if wanted in name and not _negates(name, wanted)]
-        if len(close) != 1:
-            raise ModelError(
-                f"the classifier has no label «{label}»; its labels are {', '.join(self.labels)}",
-                where=str(self.inner.config.name_or_path),
-                do=f"write label: with the one of these that means «{label}»",
-            )
-        return close[0], f"the classifier's label «{self.labels[close[0]]}» is taken for «{label}»"
+        return find(self.labels, label, where=str(self.inner.config.name_or_path))
 
     def probability(self, texts: Sequence[str], label: str = "toxic", *, batch_tokens: int = 8192) -> np.ndarray:
         """Probability of a label, float64 [N]; independent of batch and order up to rounding. Dropout is off.
@@ -231,6 +219,34 @@ class Classifier(Policy):
             f"{apart:.2g}), so each text is scored alone, slower"
         )
         return "each text is scored alone: padding changes this model's scores"
+
+
+def labels_of(config: Any) -> list[str]:
+    """Names of the labels that a model's configuration has, in the order of the head's outputs."""
+    return [str(config.id2label[k]) for k in range(len(config.id2label))]
+
+
+def find(labels: Sequence[str], label: str, *, where: str = "", key: str = "label: …") -> tuple[int, str]:
+    """A label's place among `labels`, and a sentence where it goes by another name (see `Classifier.find`).
+
+    Args:
+        where: which classifier it is, for the error.
+        key: where the recipe says which label it is.
+
+    Raises:
+        ModelError: there is no such label, or more than one; it lists those there are.
+    """
+    names, wanted = [name.casefold() for name in labels], label.casefold()
+    if wanted in names:
+        return names.index(wanted), ""
+    close = [k for k, name in enumerate(names) if wanted in name and not _negates(name, wanted)]
+    if len(close) != 1:
+        raise ModelError(
+            f"the classifier has no label «{label}»; its labels are {', '.join(labels)}",
+            where=where,
+            do=f"write {key} with the one of these that means «{label}»",
+        )
+    return close[0], f"the classifier's label «{labels[close[0]]}» is taken for «{label}»"
 
 
 def untrained(

@@ -126,13 +126,10 @@ class Generate(Stage):
             )
 
     def run(self, job: Job) -> None:
-        work = Asking(
-            job,
-            self.model,
-            lambda: self._teacher(job),
-            self.reject,
-            lambda: Judge(job, str(self.classifier), self.toxic_label),
-        )
+        judge = Judge(job, str(self.classifier), self.toxic_label)
+        if self.classifier is not None:
+            judge.check()
+        work = Asking(job, self.model, lambda: self._teacher(job), self.reject, lambda: judge)
         rows = [(split, record) for split in SPLITS for record in self._rows(job, split)]
         if self.grow is not None:
             splits, dropped = self._grown(job, work, [r for split, r in rows if split == "train"]), []

@@ -12,7 +12,8 @@ from temper.engine import device as devices
 from temper.errors import RecipeError
 from temper.hub import Source
 from temper.job import Job
-from temper.models.classify import Classifier
+from temper.models import load
+from temper.models.classify import Classifier, find, labels_of
 from temper.models.reward import RewardModel
 from temper.rollouts.decoding import Decoding
 
@@ -22,10 +23,20 @@ class Judge:
 
     Args:
         ref: the classifier as the recipe names it.
+        key: where the recipe says which label is meant, for errors.
     """
 
-    def __init__(self, job: Job, ref: str, label: str = "toxic") -> None:
-        self.job, self.ref, self.label = job, ref, label
+    def __init__(self, job: Job, ref: str, label: str = "toxic", *, key: str = "toxic_label: …") -> None:
+        self.job, self.ref, self.label, self.key = job, ref, label, key
+
+    def check(self) -> None:
+        """Look for the label in the classifier's configuration: hours may pass before it is first asked.
+
+        Raises:
+            ModelError: it cannot be read, or has no such label.
+        """
+        config = load.configuration(self.job.model(self.ref), trust_remote_code=self.job.recipe.trust_remote_code)
+        find(labels_of(config), self.label, where=self.ref, key=self.key)
 
     @functools.cached_property
     def classifier(self) -> Classifier:

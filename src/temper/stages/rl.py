@@ -135,7 +135,9 @@ class Rl(TrainingStage):
         "algorithm's.",
     )
     mask_cut: bool = detail(False, "Do not train on completions that max_new_tokens cut. On by default in dapo alone.")
-    kl: Kl = detail(Kl(), "The KL term to the model before training. Its defaults are the algorithm's; these are of grpo.")
+    kl: Kl = detail(
+        Kl(), "The KL term to the model before training. Its defaults are the algorithm's; these are of grpo."
+    )
     collapse: Collapse = detail(Collapse(), "When to warn that variety is lost.", affects_result=False)
     lr: float = detail(1e-5, "Peak learning rate.", gt=0)
     schedule: str = detail("constant", "cosine, linear or constant; see `temper list schedules`.")
@@ -236,6 +238,9 @@ class Rl(TrainingStage):
         self, job: Job, records: Sequence[Record], *, rate: float | None = None
     ) -> tuple[Experience, hub.Source, set[int]]:
         """The policy, opened, with what answers prompts and rewards the answers; where it is from; its end tokens."""
+        judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
+        if judge is not None:
+            judge.check()
         tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
         ids = encoder.prompts(records)
@@ -255,7 +260,6 @@ class Rl(TrainingStage):
             sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
         job.facts["sampler"] = sampler.reason
         reference = Reference(policy, rate) if self.kl.beta else None
-        judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
         experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
         experience.scores = Rewarder(job, self.reward_model, self.reward_label) if self.reward_model else None
         return experience, source, encoder.end_ids
