@@ -1,0 +1,47 @@
+"""Every shipped recipe runs whole in its smoke profile; what each is about is looked at here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import temper
+import temper.stages
+from temper import recipe
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_profile_has_the_stages_that_others_read(name: str) -> None:
+    profiles = [None, *recipe.read(recipe.shipped()[name])["profiles"]]
+    stages = [list(recipe.load(name, profile=p).stages) for p in profiles]
+    assert {"mini", "smoke"} <= set(profiles)
+    assert stages[profiles.index("mini")] == stages[profiles.index("smoke")]
+    assert set(stages[0]) <= set(stages[profiles.index("mini")]), "a profile leaves out what the recipe is about"
+
+
+@pytest.fixture(scope="session")
+def reviews(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A finished run folder of review-sentiment's smoke profile, one thread."""
+    return once(
+        "smoke-reviews",
+        lambda out: temper.run("review-sentiment", {"threads": 1}, profile="smoke", out=out, quiet=True) and None,
+    )
+
+
+def test_review_sentiment(reviews: Path) -> None:
+    results = json.loads((reviews / "report/results.json").read_text())
+    compared = results["evaluations"]["compare"]["models"]
+    assert list(compared) == ["sft", "reinforce", "rloo", "warp"]
+    for scores in compared.values():
+        assert {"reward_mean", "second_reward_mean", "kl", "distinct_2", "self_bleu", "loop_share"} <= set(scores)
+    assert compared["sft"]["kl"]["value"] == 0 < compared["rloo"]["kl"]["value"]
+    points = json.loads((reviews / "warp/front.json").read_text())["points"]
+    assert [p["setting"]["liti"] for p in points] == [0, 0.5, 1]
+    assert points[0]["x"]["value"] == 0 < points[1]["x"]["value"] < points[2]["x"]["value"]
+    measured = json.loads((reviews / "reward/reward.json").read_text())["splits"]["test"]["accuracy"]
+    assert measured["low"] <= measured["value"] <= measured["high"]
+    page = (reviews / "report/index.html").read_text()
+    assert "η = 0.5" in page and "second_reward_mean" in page
