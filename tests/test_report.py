@@ -439,6 +439,35 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     assert results["runs"][0] == json.loads((run / "report" / "results.json").read_text("utf-8"))
 
 
+def test_a_result_of_other_settings_fills_no_column(run: Path, tmp_path: Path) -> None:
+    """The second run was started anew with other settings of sft and stopped there; old folders still lie about."""
+    other = write_run(tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
+    for entry in manifest["stages"][1:]:
+        entry |= {"key": None, "status": "pending"}
+    manifest["stages"][1] |= {"key": "ab" * 32, "status": "failed", "error": "full disk"}
+    write_json(other / "manifest.json", manifest)
+    inputs = {
+        name: {one: hashlib.sha256(one.encode()).hexdigest()} for name, one in (("grpo", "sft"), ("compare", "grpo"))
+    }
+    for name, keys in inputs.items():
+        info = json.loads((other / name / "stage.json").read_text("utf-8"))
+        write_json(other / name / "stage.json", info | {"inputs": keys})
+    html = build([run, other])
+    page = Page(html.read_text("utf-8"))
+    assert {row[3] for row in page.table("metric", "model")} == {"–"}
+    assert ["sft", "time", "41 s", "–"] in page.table("stage", "quantity")
+    assert "sft: its folder holds a result of other settings" in page.text
+    assert "compare: its folder holds a result made of another «grpo» than this run's, and is left out" in page.text
+    markdown = (html.parent / "report.md").read_text("utf-8")
+    assert "other/" not in markdown, "no finding and no test names a model of the stopped run"
+    assert "no evaluation in common" in page.text and "no evaluation in common" in markdown
+    results = json.loads((html.parent / "results.json").read_text("utf-8"))
+    assert list(results["runs"][1]["stages"]) == ["news"] and results["runs"][1]["evaluations"] == {}
+    build([other])
+    assert "No stage of this run evaluated a model" in (other / "report" / "report.md").read_text("utf-8")
+
+
 def two(metric: str, higher: bool | None, difference: float, p: float) -> Evaluation:
     """Two models and one comparison."""
     value = Measured(value=0.5, low=0.4, high=0.6, n=200, higher_is_better=higher)

@@ -68,7 +68,11 @@ def results_of_runs(runs: list[Run], shown: dict[str, Any]) -> dict[str, Any]:
 def notices(named: list[tuple[str, Run]]) -> list[str]:
     """What forbids reading the numbers of one row against each other."""
     out = []
-    for name in _evaluation_names(named):
+    names = _evaluation_names(named)
+    if len(named) > 1 and not any(sum(name in run.evaluations for _, run in named) > 1 for name in names):
+        having = (f"{label}: {', '.join(run.evaluations) or 'none'}" for label, run in named)
+        out.append(f"The runs have no evaluation in common, so nothing compares their models ({'; '.join(having)}).")
+    for name in names:
         having = {label: run.evaluations[name] for label, run in named if name in run.evaluations}
         hashes = {e.data.get("sha256") for e in having.values()}
         if len(hashes) > 1:

@@ -96,7 +96,7 @@ def read_run(path: Path) -> Run:
     if not recipe.exists():
         problems.append("recipe.yaml is missing.")
     text = recipe.read_text("utf-8", errors="replace") if recipe.exists() else ""
-    return Run(path, manifest, text, [_stage(path, entry, problems) for entry in listed], problems)
+    return Run(path, manifest, text, _stages(path, listed, problems), problems)
 
 
 def results_of(run: Run) -> dict[str, Any]:
@@ -125,6 +125,34 @@ def _is_current(name: str) -> bool:
     return "@" not in name and not name.endswith(".partial")
 
 
+def _stages(run: Path, listed: list[ManifestStage], problems: list[str]) -> list[Stage]:
+    """All stages. A result of other settings is none of this run's, nor is what was made of such a one: both are left out."""
+    out: list[Stage] = []
+    keys = {entry.name: entry.key for entry in listed}
+    stale: set[str] = set()
+    for entry in listed:  # each after what it reads
+        before = len(problems)
+        stage = _stage(run, entry, problems)
+        if (why := _stale(entry, stage.info, keys, stale)) is not None:
+            stale.add(entry.name)
+            problems[before:] = [f"{entry.name}: {why}, and is left out."]
+            stage = Stage(entry.name, stage.kind, entry.status, entry.error, entry.cached, None)
+        out.append(stage)
+    return out
+
+
+def _stale(entry: ManifestStage, info: StageInfo | None, keys: dict[str, str | None], stale: set[str]) -> str | None:
+    """Why a stage's folder is not this run's; None where it is, as far as keys tell."""
+    if info is None:
+        return None
+    if entry.key and info.key and entry.key != info.key:
+        return "its folder holds a result of other settings than this run's (the keys differ)"
+    for name, key in info.inputs.items():
+        if name in stale or (keys.get(name) and keys[name] != key):
+            return f"its folder holds a result made of another «{name}» than this run's"
+    return None
+
+
 def _stage(run: Path, entry: ManifestStage, problems: list[str]) -> Stage:
     folder = next((f for f in (run / entry.name, run / f"{entry.name}.partial") if f.is_dir()), None)
     stage = Stage(entry.name, entry.kind, entry.status, entry.error, entry.cached, folder)
@@ -134,11 +162,8 @@ def _stage(run: Path, entry: ManifestStage, problems: list[str]) -> Stage:
         return stage
     known = len(problems)
     stage.info = _typed(StageInfo, _json(folder / "stage.json", problems, entry.name), problems, entry.name)
-    if stage.info is None:
-        if len(problems) == known and not stage.partial:
-            problems.append(f"{entry.name}: stage.json is missing, so its cost, settings and warnings are not known.")
-    elif entry.key and stage.info.key and entry.key != stage.info.key:
-        problems.append(f"{entry.name}: its folder holds a result of other settings than this run's (the keys differ).")
+    if stage.info is None and len(problems) == known and not stage.partial:
+        problems.append(f"{entry.name}: stage.json is missing, so its cost, settings and warnings are not known.")
     stage.kind = stage.kind or (stage.info.kind if stage.info else "")
     stage.card = _typed(Card, _json(folder / "card.json", problems, entry.name), problems, f"{entry.name}/card.json")
     raw = _json(folder / "evaluation.json", problems, entry.name)
