@@ -133,11 +133,8 @@ class Evaluate(Stage):
     def run(self, job: Job) -> None:
         records = self._records(job)
         asked = metrics.asks_of_classifier(self.metrics)
-        judge = None
-        if asked:
-            key = "metrics: [{toxicity: {label: …}}]"
-            judge = judging.Judge(job, str(self.classifier), asked["label"], key=key)
-            judge.check()
+        key = "metrics: [{toxicity: {label: …}}]"
+        judge = judging.Judge(job, str(self.classifier), asked["label"], key=key).checked() if asked else None
         rewarders = self._rewarders(job)
         copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
         outputs: dict[str, Outputs] = {}

@@ -128,7 +128,7 @@ class Generate(Stage):
     def run(self, job: Job) -> None:
         judge = Judge(job, str(self.classifier), self.toxic_label)
         if self.classifier is not None:
-            judge.check()
+            judge.checked()
         work = Asking(job, self.model, lambda: self._teacher(job), self.reject, lambda: judge)
         rows = [(split, record) for split in SPLITS for record in self._rows(job, split)]
         if self.grow is not None:

@@ -29,14 +29,15 @@ class Judge:
     def __init__(self, job: Job, ref: str, label: str = "toxic", *, key: str = "toxic_label: …") -> None:
         self.job, self.ref, self.label, self.key = job, ref, label, key
 
-    def check(self) -> None:
-        """Look for the label in the classifier's configuration: hours may pass before it is first asked.
+    def checked(self) -> Judge:
+        """Itself, once the label was found in the classifier's configuration: hours may pass before it is first asked.
 
         Raises:
             ModelError: it cannot be read, or has no such label.
         """
         config = load.configuration(self.job.model(self.ref), trust_remote_code=self.job.recipe.trust_remote_code)
         find(labels_of(config), self.label, where=self.ref, key=self.key)
+        return self
 
     @functools.cached_property
     def classifier(self) -> Classifier:

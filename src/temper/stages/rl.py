@@ -238,9 +238,7 @@ class Rl(TrainingStage):
         self, job: Job, records: Sequence[Record], *, rate: float | None = None
     ) -> tuple[Experience, hub.Source, set[int]]:
         """The policy, opened, with what answers prompts and rewards the answers; where it is from; its end tokens."""
-        judge = Judge(job, self.classifier, self.toxic_label) if self.classifier else None
-        if judge is not None:
-            judge.check()
+        judge = Judge(job, self.classifier, self.toxic_label).checked() if self.classifier else None
         tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
         ids = encoder.prompts(records)
