@@ -299,6 +299,32 @@ def test_explain_finds_fields_by_any_part_of_their_path() -> None:
         fields.explain("qqqqqq")
 
 
+TRAINING = {
+    "sft": "sft", "rl": "rl, reward: [{length: {target: 5}}]", "warp": "warp, reward: [{length: {target: 5}}]", "reward": "reward", "classifier": "classifier",
+    "pretrain": "pretrain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_nothing_trains_on_the_test_split(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "r.yaml"
+
+    def reading(split: str) -> Path:
+        file.write_text(
+            f"name: r\nmodel: ./m\nstages:\n  qa: {{stage: data, source: qa.jsonl}}\n  one: {{stage: {TRAINING[kind]}, data: {split}}}\n"
+        )
+        return file
+
+    told = error_of(reading("qa.test"))
+    assert told.what == "stage «one» trains, and «qa.test» is the test split" and "evaluate it instead" in told.do
+    assert told.where == f"{file}:5"
+    assert "one" in recipe.load(reading("qa.train")).stages
+    if kind in ("reward", "classifier"):  # they read all splits, whichever is named
+        assert "holds «qa.validation» out" in error_of(reading("qa.validation")).what
+    else:
+        assert "one" in recipe.load(reading("qa.validation")).stages
+
+
 def test_every_field_can_be_explained() -> None:
     for e in fields.entries():
         assert e.info.description in fields.explain(".".join(e.path))

@@ -62,6 +62,7 @@ class Stage(Config, abc.ABC):
     version: ClassVar[int] = 1
     gives: ClassVar[str] = ""  # «model», «data», «classifier», «reward» or nothing
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
+    trains_on: ClassVar[tuple[str, ...]] = ()  # splits of its data that a recipe may name; (): it does not train
     asks: ClassVar[tuple[str, ...]] = ()  # fields whose model may be an endpoint: only text is asked of it
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 

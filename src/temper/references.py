@@ -69,6 +69,19 @@ def _check_data(recipe: Recipe, name: str, value: str, where: str) -> None:
         close = difflib.get_close_matches(split, SPLITS, n=1)
         do = f"did you mean «{target}.{close[0]}»?" if close else f"splits: {', '.join(SPLITS)}"
         raise RecipeError(f"«{value}»: there is no split «{split}»", where=where, do=do)
+    trains_on = recipe.stages[name].trains_on
+    if split and trains_on and split not in trains_on:
+        if split == "test":
+            raise RecipeError(
+                f"stage «{name}» trains, and «{value}» is the test split",
+                where=where,
+                do=f"data: {target}, whose split train it reads; evaluate it instead: an evaluation with data: {value}",
+            )
+        raise RecipeError(
+            f"stage «{name}» trains on {target}.{trains_on[0]} and holds «{value}» out",
+            where=where,
+            do=f"data: {target}",
+        )
     read = split or recipe.stages[name].reads_split
     if read and getattr(recipe.stages[target], read, None) == 0:
         raise RecipeError(

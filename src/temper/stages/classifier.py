@@ -36,6 +36,7 @@ class TrainClassifier(Stage, Validated):
 
     kind = "classifier"
     gives = "classifier"
+    trains_on = ("train",)
 
     model: ModelRef = detail(
         "base", "What it starts from, encoder or decoder: a stage, base, a folder, or a hub id (id@revision)."

@@ -41,6 +41,7 @@ class Pretrain(Stage, Validated):
 
     kind = "pretrain"
     gives = "model"
+    trains_on = ("train", "validation")
 
     data: DataRef = detail(..., "A data stage whose rows have a column «text».")
     shape: Shape = detail(Shape(), "Size of the model and of its tokenizer.")

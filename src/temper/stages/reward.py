@@ -46,6 +46,7 @@ class TrainReward(Stage, Validated):
 
     kind = "reward"
     gives = "reward"
+    trains_on = ("train",)
 
     model: ModelRef = detail(
         "base", "What it starts from, encoder or decoder: a stage, base, a folder, or a hub id (id@revision)."

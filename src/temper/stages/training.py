@@ -33,6 +33,7 @@ class TrainingStage(Stage, Training):
     """Fields of every stage that trains a model that exists."""
 
     gives = "model"
+    trains_on = ("train", "validation")
 
     model: ModelRef = detail("base", "What is trained: a stage, base, a folder, or a hub id (id@revision).")
     adapter: Adapter | None = detail(None, "Train an adapter instead of the whole model.")
