@@ -131,6 +131,23 @@ def test_the_plain_form_is_completed_and_messages_are_chatted(tmp_path: Path) ->
     assert seen[-1].body["temperature"] == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "path"), [({}, "/v1/completions"), ({"format": {"system": "Коротко."}}, "/v1/chat/completions")]
+)
+def test_new_rows_are_written_out_as_those_they_were_made_of(tmp_path: Path, own: dict[str, Any], path: str) -> None:
+    """An evaluation asks in the plain form that the data stage two steps before names, but where generate names its own."""
+    with serving(lambda asked: completion("Ось.") if "prompt" in asked.body else chat("Ось.")) as served:
+        form = {"chat": "plain", "separator": "\n→\n"}
+        file = write(tmp_path, served.url, n=6, data={"format": form, "test": 2}, **own)
+        again = {"stage": "generate", "data": "toxic", "model": f"{served.url}#m", "instruction": "Ще: {prompt}"}
+        again |= {"into": "completion"}
+        look = {"stage": "evaluate", "models": [f"{served.url}#judged"], "data": "again", "metrics": ["length"]}
+        temper.run(file, {"stages": {"again": again, "look": look}}, out=tmp_path / "run", quiet=True)
+        seen = [a for a in served.requests if a.body["model"] == "judged"]
+    assert len(seen) == 2 and {a.path for a in seen} == {path}
+    assert all(a.prompt.endswith("\n→\n") for a in seen) == (not own)
+
+
 def test_rejected_answers_are_asked_for_again_and_counted_by_reason(tmp_path: Path) -> None:
     """Row by row the script breaks one rule at a time, and then obeys; the counts are known beforehand."""
     articles = [row["text"] for row in news(8)]

@@ -285,7 +285,7 @@ def test_the_schema_describes_every_field() -> None:
 
 def test_explain_finds_fields_by_any_part_of_their_path() -> None:
     assert "default 0.0001" in fields.explain("sft.lr") and "pretrain" not in fields.explain("sft.lr")
-    assert {"in pretrain: default 0.002", "in sft: default 0.0001"} <= {
+    assert {"in pretrain: default 0.002", "in reward, sft: default 0.0001"} <= {
         s.strip() for s in fields.explain("lr").split("\n")
     }
     assert "vocabulary" not in fields.explain("shape.hidden") and "≥ 16" in fields.explain("shape.hidden")

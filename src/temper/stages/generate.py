@@ -39,6 +39,7 @@ class Generate(Stage):
     """Rows written anew by a teacher, answers that break the rules rejected and asked for again."""
 
     kind = "generate"
+    version = 2
     gives = "data"
     asks = ("model",)
 
@@ -60,7 +61,9 @@ class Generate(Stage):
     text: str | None = detail(None, "Template of plain text; null: the row's own.")
     label: str | None = detail(None, "Template of a label; null: the row's own.")
     keep: list[str] = detail([], "Further columns to carry along.")
-    format: Format = detail(Format(), "How the new rows are written out for a model, in training and at inference.")
+    format: Format | None = detail(
+        None, "How the new rows are written out for a model, in training and at inference; null: as those of `data`."
+    )
     teacher_format: Format = detail(Format(), "How the instruction is written out for the teacher.")
 
     decoding: Decoding = detail(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from temper.data.chat import Encoded, Encoder, Format, is_text, show
 from temper.engine.batches import Batches
@@ -97,8 +98,14 @@ class Sft(TrainingStage, Validated):
 
 
 def format_of(job: Job, ref: str) -> Format:
-    """How the rows of a data stage are written out: declared there, so training and evaluation cannot differ."""
-    return Format.model_validate(job.inputs[ref.partition(".")[0]].info["config"]["format"])
+    """How the rows of a data stage are written out: declared there, so training and evaluation cannot differ.
+
+    Rows that `generate` wrote anew are written out as those it read, unless it says otherwise.
+    """
+    stage: Any = job.recipe.stages[ref.partition(".")[0]]
+    while stage.format is None:
+        stage = job.recipe.stages[stage.data]
+    return stage.format  # type: ignore[no-any-return]
 
 
 def tree_of(example: Encoded) -> Tree:
