@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -13,9 +14,11 @@ import numpy as np
 import pydantic
 import pytest
 
+import temper
 from temper.data import formats, near, sources
 from temper.data.clean import Drop, clean
 from temper.errors import DataError
+from temper.runfolder import read_json
 from temper.types import Record
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -220,3 +223,41 @@ def test_real_reviews():
     assert cleaned.counts["too long"] == sum(
         len(record.row["text"]) > 2000 and "<br />" not in record.row["text"] for record in rows
     )
+
+
+# What a data stage warns of
+
+
+def warned(folder: Path, lengths: list[int], **fields: object) -> list[str]:
+    """The warnings of a data stage over texts of so many characters, all of them different."""
+    texts = [(f"{k} " + "слово " * n)[:n] for k, n in enumerate(lengths)]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"t": t}) + "\n" for t in texts), encoding="utf-8")
+    stage = {"stage": "data", "source": "rows.jsonl", "text": "{t}", "near_leaks": False, "validation": 0, "test": 0}
+    recipe = {"name": "r", "stages": {"d": {**stage, "drop": {"duplicates": "off"}, **fields}}}
+    (folder / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    out = temper.run(folder / "r.yaml", out=folder / "run", quiet=True)
+    return read_json(out / "d" / "stage.json")["warnings"]
+
+
+def test_losing_more_than_half_of_the_rows_is_told_with_their_lengths(tmp_path: Path) -> None:
+    lengths = list(range(101, 202, 5))  # 21 rows: the middle one is 151, the 95th percentile the 20th, 196
+    [told] = warned(tmp_path / "most", lengths, drop={"duplicates": "off", "longer_than": 150})
+    assert told.startswith("11 of 21 rows are dropped (11 too long)")
+    assert "151 characters long in the median, 95 % of them up to 196, and drop.longer_than is 150" in told
+    assert warned(tmp_path / "half", lengths, drop={"duplicates": "off", "longer_than": 151}) == []
+    told, few = warned(tmp_path / "words", lengths, drop={"duplicates": "off", "matches": ["^[0-8] ", "^1[0-9]"]})
+    assert (
+        told == "19 of 21 rows are dropped (10 matches «^1[0-9]», 9 matches «^[0-8] »); data/dropped.parquet has them"
+    )
+    assert few.startswith("train has only 2 rows (nothing held out; dropped: 10 matches")
+
+
+def test_a_train_split_smaller_than_what_is_held_out_is_told(tmp_path: Path) -> None:
+    many = [60] * 41
+    assert warned(tmp_path / "enough", many, validation=10, test=10) == []
+    [told] = warned(tmp_path / "few", many, validation=10, test=11)
+    assert told.startswith("train has only 20 rows (validation 10 and test 11)")
+    assert warned(tmp_path / "ten", [60] * 10) == []
+    [told] = warned(tmp_path / "nine", [60] * 10, drop={"duplicates": "off", "contains": ["9 "]})
+    assert told.startswith("train has only 9 rows (nothing held out; dropped: 1 contains «9 »)")

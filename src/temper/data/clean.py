@@ -15,6 +15,8 @@ from temper.data.near import near_duplicates
 from temper.errors import DataError
 from temper.types import Record, Row
 
+TOO_LONG = "too long"  # the reason of `longer_than`, as it is counted
+
 
 def not_blank(value: list[str]) -> list[str]:
     """Strings to look for, none of them empty."""
@@ -140,7 +142,7 @@ def _reasons(
     if drop.longer_than is not None or drop.shorter_than is not None:
         size = length(row) if length is not None else sum(len(text) for text in found.values())
         if drop.longer_than is not None and size > drop.longer_than:
-            yield "too long"
+            yield TOO_LONG
         if drop.shorter_than is not None and size < drop.shorter_than:
             yield "too short"
 

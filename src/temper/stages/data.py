@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from temper.data import sources
 from temper.data.card import card, write_data
 from temper.data.chat import Format
-from temper.data.clean import Drop, clean
+from temper.data.clean import TOO_LONG, Drop, clean
 from temper.data.formats import apply, texts
 from temper.data.split import Splits, leaks, split
 from temper.job import Job
@@ -18,6 +21,7 @@ from temper.recipe import ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
 from temper.types import Record
 
+FEW = 10  # rows of train below which hardly anything can be learnt
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label")
 
 
@@ -96,6 +100,7 @@ class Data(Stage):
             )
             dropped += cleaned.dropped
             splits[name] = cleaned.kept
+        self._warn_of_loss(job, mapped, dropped, length, unit)
         sizes = {n: v if not isinstance(v := getattr(self, n), str) else 0 for n in ("validation", "test")}
         own = split(
             splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group
@@ -108,9 +113,44 @@ class Data(Stage):
         write_json(job.dir / "card.json", described)
         job.counts["examples"] = described["rows_out"]
         self._report(job, described, found)
+        self._warn_of_few(job, described)
+
+    def _warn_of_loss(
+        self,
+        job: Job,
+        mapped: dict[str, list[Record]],
+        dropped: list[tuple[Record, str]],
+        length: Callable[[str], int],
+        unit: str,
+    ) -> None:
+        """More than half of the rows gone is seldom what was meant; where by length, how long rows are says what to do."""
+        every = [record for records in mapped.values() for record in records]
+        if 2 * len(dropped) <= len(every):
+            return
+        counts = Counter(why for _, why in dropped)
+        text = (
+            f"{len(dropped):,} of {len(every):,} rows are dropped ({_counted(counts)}); data/dropped.parquet has them"
+        )
+        if TOO_LONG in counts:
+            sizes = np.array([sum(length(t) for t in texts(record.row).values()) for record in every])
+            text += (
+                f". Rows are {np.median(sizes):,.0f} {unit} long in the median, 95 % of them up to "
+                f"{np.quantile(sizes, 0.95):,.0f}, and drop.longer_than is {self.drop.longer_than:,}"
+            )
+        job.warn(text)
+
+    def _warn_of_few(self, job: Job, described: dict[str, Any]) -> None:
+        """A train split that is smaller than what is held out, or hardly there."""
+        sizes = described["splits"]
+        train, held = sizes.get("train", 0), {n: k for n, k in sizes.items() if n != "train"}
+        if train >= FEW and train >= sum(held.values()):
+            return
+        out = " and ".join(f"{name} {n:,}" for name, n in held.items() if n) or "nothing held out"
+        dropped = f"; dropped: {_counted(described['dropped'])}" if described["dropped"] else ""
+        job.warn(f"train has only {train:,} rows ({out}{dropped}): give more rows, or a smaller validation and test")
 
     def _report(self, job: Job, described: dict[str, Any], found: Any) -> None:
-        gone = ", ".join(f"{n:,} {reason}" for reason, n in described["dropped"].items()) or "none dropped"
+        gone = _counted(described["dropped"]) or "none dropped"
         parts = ", ".join(f"{name} {n:,}" for name, n in described["splits"].items())
         job.summary = f"rows: {described['rows_in']:,} in, {described['rows_out']:,} out ({gone})\nsplits: {parts}"
         job.say(job.summary)
@@ -151,3 +191,8 @@ class Data(Stage):
             return known[text]
 
         return count, "tokens"
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts, the most frequent first."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items(), key=lambda one: -one[1]))
