@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from temper import fields
+from temper.errors import RecipeError
 from temper.recipe import stages
 from temper.stages.rl import Rl
 
@@ -42,6 +43,28 @@ def test_defaults_are_those_of_the_mapping_around_them() -> None:
     assert "in evaluate: default 0.0" in fields.explain("evaluate.decoding.temperature")
     assert f"default {Rl.model_fields['decoding'].default.temperature}" in fields.explain("rl.decoding.temperature")
     assert "default {temperature: 1.0}" in fields.explain("rl.decoding")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("grpo.lr", "in rl: default 1e-05"),
+        ("grpo.kl.beta", "in rl: default 0.04"),
+        ("toxic_news.tries", "in generate: default 4"),
+        ("judge.data", "in classifier: required"),  # a stage of a profile
+        ("dr_grpo.epsilon", "dr_grpo, algorithm"),
+    ],
+)
+def test_stages_are_explained_by_the_names_that_recipes_give_them(name: str, says: str) -> None:
+    assert says in fields.explain(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("grpo.epsilonn", "«grpo.epsilon»"), ("toxic_news.trys", "«toxic_news.tries»")]
+)
+def test_the_nearest_key_of_a_named_stage_is_offered(name: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=near):
+        fields.explain(name)
 
 
 def test_functions_are_explained_with_their_options() -> None:

@@ -249,6 +249,38 @@ def test_the_options_of_a_metric_are_placed_too(tmp_path: Path) -> None:
         assert what in error.what and do in error.do and error.where == f"{file}:6"
 
 
+@pytest.mark.parametrize(
+    ("assigned", "what", "do"),
+    [
+        ("grpo.epsilon=0.1", "«epsilon» is an option of the algorithm «grpo»", "algorithm: {grpo: {epsilon: …}}"),
+        ("grpo.scale=none", "«scale» is an option of the advantage «group»", "advantage: {group: {scale: …}}"),
+        ("grpo.reward=[{rouge: {}, wieght: 0.7}]", "unknown key «wieght»", "did you mean «weight»?"),
+        ("grpo.reward=[{rouge: {}, wight: 1, weight: 1}]", "unknown key «wight»", "did you mean «weight»?"),
+        ("grpo.reward=[{rouge: {}, stem: true}]", "unknown key «stem»", "within the reward: {rouge: {stem: …}"),
+    ],
+)
+def test_what_belongs_elsewhere_is_sent_there(assigned: str, what: str, do: str) -> None:
+    with pytest.raises(RecipeError) as told:
+        recipe.load("detox-summarization", profile="smoke", sets=[assigned])
+    assert what in told.value.what and do in told.value.do and told.value.where == f"--set {assigned}"
+
+
+@pytest.mark.parametrize(
+    ("assigned", "what"),
+    [
+        ("toxic_news.classifier=null", "toxic_news: classifier and reject.toxicity_below need each other"),
+        (
+            "toxic_news.reject.against=null",
+            "toxic_news.reject: length_ratio and too_similar and lost compare with a text: give `against` a template",
+        ),
+    ],
+)
+def test_a_check_of_several_keys_says_its_message_alone(assigned: str, what: str) -> None:
+    with pytest.raises(RecipeError) as told:
+        recipe.load("detox-summarization", sets=[assigned])
+    assert told.value.what == what
+
+
 def test_a_recipe_by_a_wrong_name_or_path() -> None:
     with pytest.raises(RecipeError, match=r"did you mean «detox-summarization»"):
         recipe.find("detox-sumarization")

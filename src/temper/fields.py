@@ -15,10 +15,11 @@ from pydantic.json_schema import models_json_schema
 
 from temper import wording
 from temper.errors import RecipeError, nearest
-from temper.recipe import Top, stages
+from temper.recipe import Top, read, shipped, stages
 from temper.registry import Registry
 
-CONFIGURED = {"metric", "reward", "algorithm", "advantage", "pair loss", "merge rule"}  # what takes options: {NAME: {option: value}}
+# What takes options: {NAME: {option: value}}.
+CONFIGURED = {"metric", "reward", "algorithm", "advantage", "pair loss", "merge rule"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ def _below(
 def explain(name: str) -> str:
     """What a field means: `lr`, `sft.lr`, `shape.hidden`, `seed`; or a kind of stage; or a metric, a reward, an algorithm.
 
+    A stage may also be named as shipped recipes call it (`toxic_news.tries`), and `rl` by an algorithm (`grpo.lr`).
+
     Raises:
         RecipeError: there is no such field; offers the nearest.
     """
@@ -82,8 +85,13 @@ def explain(name: str) -> str:
     found = [e for e in every if len(wanted) > 1 and e.path == wanted]
     found = found or [e for e in every if e.path[-len(wanted) :] == wanted]
     named = _named(name) if len(wanted) == 1 else []
+    known = {".".join(e.path[k:]) for e in every for k in range(len(e.path))}
+    if not found and len(wanted) > 1:  # of a stage that goes by a name of its own, or of an algorithm
+        kinds, options = _kinds(wanted[0]), _options(wanted[0])
+        found = [e for e in every if e.path[0] in kinds and e.path[1:] == wanted[1:]]
+        named = [_thing(options[name], wanted[0])] if not found and name in options else []
+        known |= {".".join((wanted[0], *e.path[1:])) for e in every if e.path[0] in kinds} | options.keys()
     if not found and not named:
-        known = {".".join(e.path[k:]) for e in every for k in range(len(e.path))}
         raise RecipeError(f"no field of a recipe is called «{name}»", do=_near(name, known, every))
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for e in found:
@@ -91,6 +99,25 @@ def explain(name: str) -> str:
         groups.setdefault((field, e.type, e.info.description or ""), []).append(e)
     explained = [_group(field, type_, text, members) for (field, type_, text), members in groups.items()]
     return "\n\n".join(explained + named)
+
+
+def _kinds(name: str) -> set[str]:
+    """Kinds of the stages that are called so in shipped recipes; of an algorithm, those that it trains in."""
+    from temper.losses import policy_losses
+
+    found = {"rl"} if name in policy_losses else set[str]()
+    for file in shipped().values():
+        raw = read(file)
+        for part in (raw, *(raw.get("profiles") or {}).values()):
+            kind = ((part.get("stages") or {}).get(name) or {}).get("stage")
+            found |= {kind} if kind else set()
+    return found
+
+
+def _options(name: str) -> dict[str, Registry[Any]]:
+    """`grpo.epsilon`, … → the table that the option's owner stands in."""
+    tables = [table for table in _tables().values() if table.kind in CONFIGURED and name in table]
+    return {f"{name}.{option}": table for table in tables for option in table.options(name)}
 
 
 def _near(name: str, known: set[str], every: list[Entry]) -> str:

@@ -142,9 +142,23 @@ def _entry(entry: Any) -> tuple[str, dict[str, Any], float]:
         options = entry[named[0]] if len(named) == 1 else None
         if len(named) == 1 and isinstance(options, dict | None) and isinstance(weight, int | float):
             return str(named[0]), dict(options or {}), float(weight)
+        _check_keys(entry, [str(k) for k in named])
     raise RecipeError(
         f"{entry!r} is not a reward", where="reward", do="write {NAME: {option: value}, weight: 1.0}, or a name alone"
     )
+
+
+def _check_keys(entry: dict[Any, Any], named: list[str]) -> None:
+    """RecipeError that names the key which is neither the reward nor its weight, where one of them is clearly a reward."""
+    rest = [k for k in named if k not in rewards and ":" not in k]
+    names = [k for k in named if k not in rest]
+    if len(names) != 1 or not rest:
+        return
+    options = list(rewards.options(names[0])) if names[0] in rewards else []
+    close = nearest(rest[0], ["weight", *options])
+    if option := next((o for o in options if f"«{o}»" in close), None):
+        close = f"options stand within the reward: {{{names[0]}: {{{option}: …}}, weight: 1.0}}"
+    raise RecipeError(f"unknown key «{rest[0]}» beside the reward «{names[0]}»", where="reward", do=close)
 
 
 def _bound(function: Reward, options: dict[str, Any]) -> Callable[[Given], Sequence[float | None]]:

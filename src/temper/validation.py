@@ -65,8 +65,11 @@ def _unfit(kind: Any, error: Any, prefix: KeyPath, values: dict[str, Any], where
         )
         path.append(str(part))
         given, kind = given[part], next(iter(wording.models_within(annotation)), None)
-    what = f"{'.'.join([*prefix, *path])} = {wording.value(given)} does not fit"
+    name = ".".join([*prefix, *path])
+    what = f"{name} = {wording.value(given)} does not fit"
     if error["type"] in ("value_error", "assertion_error"):  # in words of the field's own check
+        if isinstance(given, dict):  # of several keys together: none of them alone is wrong
+            what = name or "the recipe"
         return RecipeError(f"{what}: {error['msg'].partition(', ')[2]}", where=where, do=_explained(path))
     index = next((p for p in error["loc"][len(path) :] if isinstance(p, int)), None)
     part = "" if index is None else f" (its entry {index + 1})"

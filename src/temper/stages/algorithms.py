@@ -46,6 +46,9 @@ def filled(given: dict[str, Any]) -> dict[str, Any]:
     """
     algorithm = given.get("algorithm", "grpo")
     name, _ = named(policy_losses, algorithm, "algorithm")
+    _check_place(given, policy_losses, "algorithm", name)
+    advantage, _ = named(advantages, given.get("advantage", USUAL[name].advantage), "advantage")
+    _check_place(given, advantages, "advantage", advantage)
     usual, kl = USUAL[name], given.get("kl", {})
     out = {"advantage": usual.advantage, "average": usual.average, "mask_cut": usual.mask_cut, **given}
     if isinstance(kl, dict):
@@ -57,6 +60,17 @@ def filled(given: dict[str, Any]) -> dict[str, Any]:
             )
         out["kl"] = {**usual.kl, **kl}
     return out
+
+
+def _check_place(given: dict[str, Any], registry: Registry[Any], field: str, name: str) -> None:
+    """RecipeError where an option of what `field` names stands beside it: no key of a stage is called like one."""
+    for option in registry.options(name):
+        if option in given:
+            raise RecipeError(
+                f"«{option}» is an option of the {registry.kind} «{name}», not a key of the stage",
+                where=option,
+                do=f"{field}: {{{name}: {{{option}: …}}}}, or --set STAGE.{field}.{name}.{option}=…",
+            )
 
 
 def named(registry: Registry[Any], value: Any, field: str) -> tuple[str, dict[str, Any]]:
