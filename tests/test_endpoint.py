@@ -126,23 +126,29 @@ def test_what_may_pass_is_asked_again(stumble: Reply, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "said", "do"),
     [
-        (Reply(500, "the GPU fell off"), "status 500: the GPU fell off"),
-        (Reply(429, json.dumps({"error": {"message": "no quota"}})), "status 429: no quota"),
-        (Reply(hang_up=True), "broken connection"),
-        (Reply(200, "<html>" + "x" * 1000), "garbage: <html>xxx"),
-        (Reply(200, ""), "garbage: an empty body"),
-        (Reply(200, "x", wait=1.0), "no answer in time: nothing came within 0.2 s"),
+        (Reply(500, "the GPU fell off"), "status 500: the GPU fell off", "the fault is the server's"),
+        (Reply(503, "loading"), "status 503: loading", "or try later"),
+        (
+            Reply(429, json.dumps({"error": {"message": "no quota"}})),
+            "status 429: no quota",
+            "lower concurrency, or wait",
+        ),
+        (Reply(hang_up=True), "broken connection", "is the server up"),
+        (Reply(200, "<html>" + "x" * 1000), "garbage: <html>xxx", "OpenAI-compatible"),
+        (Reply(200, ""), "garbage: an empty body", "OpenAI-compatible"),
+        (Reply(200, "x", wait=1.0), "no answer in time: nothing came within 0.2 s", "overloaded"),
     ],
 )
-def test_the_last_attempt_says_what_came(reply: Reply, said: str) -> None:
+def test_the_last_attempt_says_what_came_and_what_may_help(reply: Reply, said: str, do: str) -> None:
     with serving(lambda asked: reply) as served:
         asker = Endpoint(Address(served.url, "m"), pause=0.005, attempts=2, timeout=0.2)
         with pytest.raises(ModelError, match=re.escape(said)) as error:
             asker.answer([user("a")], Decoding())
         assert "in 2 attempts" in error.value.what and len(error.value.what) < 450
-        assert error.value.where == f"{served.url}#m" and error.value.do
+        assert error.value.where == f"{served.url}#m" and do in error.value.do
+        assert "is the server up" not in error.value.do or do == "is the server up"
         assert len(served.requests) == 2
 
 
@@ -157,6 +163,21 @@ def test_what_will_not_pass_is_told_at_once(status: int, do: str) -> None:
             Endpoint(Address(served.url, "m"), pause=0.005, concurrency=1).answer([user("a"), user("b")], Decoding())
         assert do in error.value.do
         assert len(served.requests) == 1, "the other prompts are not asked any more"
+
+
+def test_that_it_waits_and_tries_again_is_said_once() -> None:
+    told: list[str] = []
+
+    def script(asked: Asked) -> Reply | str:
+        return Reply(429, "slow down") if asked.before < int(asked.prompt) else "x"
+
+    ask(script, [user("1")], tell=told.append)
+    assert told == [], "a single stumble is no news"
+    ask(script, [user("2"), user("3")], tell=told.append)
+    assert len(told) == 1 and "status 429" in told[0] and "up to 4 times" in told[0]
+    with pytest.raises(ModelError):
+        ask(lambda asked: Reply(500), [user("a")], attempts=2, tell=told.append)
+    assert len(told) == 1, "the last attempt is an error, and nothing is waited for"
 
 
 def test_nobody_listens() -> None:

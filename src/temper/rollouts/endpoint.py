@@ -53,14 +53,23 @@ class Endpoint:
         attempts: for one answer, the first included.
         pause: seconds before the second attempt; doubles from there.
         timeout: seconds without a word from the server; a long answer comes in one piece.
+        tell: told once, when a second attempt has failed too, that it waits and goes on trying.
     """
 
     def __init__(
-        self, address: Address, *, concurrency: int = 8, attempts: int = 6, pause: float = 1.0, timeout: float = 600.0
+        self,
+        address: Address,
+        *,
+        concurrency: int = 8,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 600.0,
+        tell: Callable[[str], Any] | None = None,
     ) -> None:
         self.address, self.concurrency, self.attempts = address, concurrency, attempts
         self.pause, self.timeout = pause, timeout
         self.troubles: Counter[str] = Counter()
+        self._tell = tell
         self._spoke = False  # it has given a text at least once
 
     def answer(
@@ -153,13 +162,21 @@ class Endpoint:
                     continue
                 trouble = found
             self.troubles[trouble.kind] += 1
+            if attempt == 1 and attempt + 1 < self.attempts:
+                self._say_once(trouble)
             if attempt + 1 < self.attempts:
                 await asyncio.sleep(self._pause(attempt, trouble))
         raise self._failed(
             f"the endpoint gave no answer in {self.attempts} attempts; the last time: {trouble.kind}",
-            "is the server up, and the address its base URL (often ending in /v1)? The same command goes on from here",
+            f"{_what_may_help(trouble.kind)} The same command goes on from here",
             trouble.said,
         )
+
+    def _say_once(self, trouble: _Trouble) -> None:
+        if self._tell is not None:
+            said = f"the endpoint failed twice on one answer ({trouble.kind}); "
+            self._tell(said + f"waiting, and trying up to {self.attempts} times before giving up")
+            self._tell = None
 
     def _pause(self, attempt: int, trouble: _Trouble) -> float:
         """Seconds until the next attempt: what the server asks for, else exponential with jitter."""
@@ -246,6 +263,19 @@ def _message(said: str) -> str:
         return inner["message"] if isinstance(inner, dict) else str(inner)
     except (ValueError, KeyError, AttributeError):
         return said
+
+
+def _what_may_help(kind: str) -> str:
+    """What to do where something that may pass by itself did not."""
+    if kind == "status 429":
+        return "the server limits how much it is asked: lower concurrency, or wait."
+    if kind.startswith("status 5"):
+        return "the fault is the server's, not the recipe's: look at its log, or try later."
+    if kind == "garbage":
+        return "what came is no answer of this protocol: is it the base URL (often ending in /v1) of an OpenAI-compatible server?"
+    if kind == "no answer in time":
+        return "the server may be overloaded: lower concurrency, or decoding.max_new_tokens."
+    return "is the server up, and the address its base URL (often ending in /v1)?"
 
 
 def _what_to_do(status: int) -> str:

@@ -37,7 +37,7 @@ class Served:
 
     def __init__(self, job: Job, address: Address, form: Format, decoding: Decoding, *, concurrency: int) -> None:
         self.form, self.decoding, self.seed = form, decoding, job.seed
-        self.endpoint = Endpoint(address, concurrency=concurrency)
+        self.endpoint = Endpoint(address, concurrency=concurrency, tell=lambda text: job.say(text, "yellow"))
         self.job = job
         job.facts["endpoint"] = f"{address} ({'completions' if form.chat == 'plain' else 'chat'})"
 
