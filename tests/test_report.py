@@ -575,6 +575,30 @@ def test_samples_are_the_extremes_and_the_same_each_time(tmp_path: Path) -> None
     assert choose(evaluation, rows.slice(0, 0)) == []
 
 
+def test_one_score_of_a_row_is_shown_once() -> None:
+    columns = {"a|prediction": ["так", "ні"], "a|toxicity_mean": [0.25, float("nan")], "a|toxicity_p95": [0.25, float("nan")],
+               "a|toxicity_max": [0.25, float("nan")], "a|toxicity_share": [0.0, 1.0], "a|distinct_2": [0.5, 0.5]}  # fmt: skip
+    measured = {name.partition("|")[2]: {"value": 0.5} for name in columns if "prediction" not in name}
+    groups = choose(Evaluation.model_validate({"models": {"a": measured}}), pa.table(columns))
+    scores = {s.id: s.answers[0].scores for group in groups for s in group.samples}
+    assert scores[0] == [("toxicity", "0.250"), ("toxicity_share", "0.000"), ("distinct_2", "0.500")]
+    assert scores[1] == [("toxicity_share", "1.000"), ("distinct_2", "0.500")]
+
+
+def test_how_often_the_classifier_is_right_stands_beside_its_numbers(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    manifest["stages"].insert(0, {"name": "judge", "kind": "classifier", "status": "done"})
+    write_json(run / "manifest.json", manifest)
+    stage_file(run, "judge", "classifier", facts={"validation accuracy": 0.5, "test accuracy": 0.9312})
+    said = "[2] toxicity: mean|lexicon:mini. The classifier is the stage judge, right on 93 % of its test rows."
+    assert said not in Page(build([run]).read_text("utf-8")).text, "a classifier that was not asked"
+    info = json.loads((run / "compare" / "stage.json").read_text("utf-8"))
+    write_json(run / "compare" / "stage.json", info | {"config": {"classifier": "judge"}})
+    page = Page(build([run]).read_text("utf-8"))
+    assert said in page.text and page.text.count("The classifier is the stage judge") == 1
+    assert "The classifier is the stage judge, right on 93 %" in (run / "report" / "report.md").read_text("utf-8")
+
+
 def test_curves_keep_what_matters() -> None:
     logged = [
         {"step": 20, "loss": 2.0},

@@ -158,8 +158,9 @@ def test_18_19_22_in_one_run(tiny_model: Path, tmp_path: Path) -> None:
     # 18: test rows in the training data of a model that is compared
     assert any("stand in the training data of sft" in w for w in info(run, "compare")["warnings"])
     # 22: two steps are less than an epoch of four, and less than the warm-up
-    warnings = " ".join(info(run, "sft")["warnings"])
-    assert "before the first epoch is through (4 steps)" in warnings and "never reaches its value" in warnings
+    warnings, summary = " ".join(info(run, "sft")["warnings"]), info(run, "sft")["summary"]
+    assert "steps: 2 (0.5 epochs: part of the data is not seen)" in summary, "asked for by max_steps: told, no warning"
+    assert "never reaches its value" in warnings and "epoch" not in warnings
     # 19: other data under the same name, then another template: nothing old is read
     before = info(run, "sft")["key"]
     rows(tmp_path / "train.jsonl", 16, start=100)

@@ -288,7 +288,8 @@ def _built(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: 
         if "stage" not in config:
             raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
         kind = stages.get(str(config["stage"]), where=lines.get((*at, "stage"), where))
-        stage = validated(kind, {k: v for k, v in config.items() if k != "stage"}, at, lines, also=("stage",))
+        values = {k: v for k, v in config.items() if k != "stage"}
+        stage = validated(kind, values, at, lines, also=("stage",), others=stages)
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
     return Recipe(

@@ -11,10 +11,17 @@ import pydantic
 from temper import wording
 from temper.errors import RecipeError, nearest
 from temper.overlay import KeyPath
+from temper.registry import Registry
 
 
 def validated(
-    kind: Any, values: dict[str, Any], at: KeyPath, lines: dict[KeyPath, str], *, also: Sequence[str] = ()
+    kind: Any,
+    values: dict[str, Any],
+    at: KeyPath,
+    lines: dict[KeyPath, str],
+    *,
+    also: Sequence[str] = (),
+    others: Registry[Any] | None = None,
 ) -> Any:
     """`values` as an instance of the pydantic model `kind`.
 
@@ -22,6 +29,7 @@ def validated(
         at: where they stand in the recipe.
         lines: key → file and line.
         also: keys that may stand there beside the fields of `kind`.
+        others: models whose fields may have been meant: an unknown key that is one of theirs is said to be.
 
     Raises:
         RecipeError: an unknown key (with the nearest known one), a missing one, a value that does not fit.
@@ -39,7 +47,12 @@ def validated(
     prefix = at[1:] if at[:1] == ("stages",) else at
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, loc, also)
-        raise RecipeError(f"unknown key «{'.'.join(prefix + loc)}»", where=where, do=nearest(loc[-1], known))
+        do = nearest(loc[-1], known)
+        owners = [n for n in others if loc[0] in others.get(n).model_fields] if others and len(loc) == 1 else []
+        if owners:  # a list of all keys would say less
+            close = f"; here {do}" if do.startswith("did") else ""
+            do = f"«{loc[0]}» is a key of stages of kind {', '.join(owners)}{close}"
+        raise RecipeError(f"unknown key «{'.'.join(prefix + loc)}»", where=where, do=do)
     if first["type"] == "missing":
         name = ".".join(prefix + loc)
         raise RecipeError(f"«{name}» is missing", where=where, do=f"see `temper explain {loc[-1]}`")

@@ -126,7 +126,7 @@ class Loop:
             steps=self.steps,
             steps_per_epoch=self.batches.per_epoch,
             warmup=self.warmup,
-            asked_epochs=self.training.max_steps is None and self.training.epochs < 1,
+            asked=not self.training.model_fields_set.isdisjoint({"max_steps", "epochs"}),
         )
 
     def run(self) -> None:

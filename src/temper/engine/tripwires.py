@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from temper.errors import TrainingError
 
 
-def before(*, steps: int, steps_per_epoch: int, warmup: int, asked_epochs: bool) -> list[str]:
-    """Warnings on a plan of steps."""
+def before(*, steps: int, steps_per_epoch: int, warmup: int, asked: bool) -> list[str]:
+    """Warnings on a plan of steps.
+
+    Args:
+        asked: the recipe itself says for how many steps or epochs; then fewer than one epoch is its choice.
+    """
     out = []
-    if steps < steps_per_epoch and not asked_epochs:
+    if steps < steps_per_epoch and not asked:
         out.append(
             f"the run ends after {steps} steps, before the first epoch is through ({steps_per_epoch} steps): part of the data is never seen"
         )

@@ -29,7 +29,7 @@ def of_run(run: Run) -> str:
     for name, evaluation in run.evaluations.items():
         stage = next(s for s in run.stages if s.name == name)
         parts += [f"## {escape(name)}", _list([f.text for f in phrases.findings(evaluation)])]
-        parts.append(table(tables.results_table(evaluation, stage.rows)))
+        parts.append(table(tables.results_table(evaluation, stage.rows, tables.judge(run, stage))))
         if evaluation.comparisons:
             parts.append(table(tables.comparisons_table(evaluation)))
         if evaluation.spread:

@@ -113,7 +113,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         "run": run,
         "manifest": run.manifest,
         "command": shlex.join(run.manifest.command),
-        "evaluations": [_evaluation(stage, colours) for stage in run.stages if stage.evaluation],
+        "evaluations": [_evaluation(run, stage, colours) for stage in run.stages if stage.evaluation],
         "curves": [(stage, figures(stage.metrics)) for stage in run.stages if stage.metrics or stage.samples],
         "sweeps": fronts.sweeps(run),
         "fronts": fronts.fronts(run),
@@ -126,14 +126,14 @@ def _of_run(run: Run) -> dict[str, Any]:
     }
 
 
-def _evaluation(stage: Stage, colours: dict[str, int]) -> EvaluationView:
+def _evaluation(run: Run, stage: Stage, colours: dict[str, int]) -> EvaluationView:
     evaluation = stage.evaluation
     assert evaluation
     return EvaluationView(
         stage,
         evaluation,
         phrases.findings(evaluation),
-        tables.results_table(evaluation, stage.rows),
+        tables.results_table(evaluation, stage.rows, tables.judge(run, stage)),
         tables.comparisons_table(evaluation) if evaluation.comparisons else None,
         tables.spread_table(evaluation) if evaluation.spread else None,
         [panel for metric in evaluation.metrics if (panel := _panel(evaluation, metric, colours))],

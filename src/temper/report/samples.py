@@ -67,7 +67,7 @@ def choose(evaluation: Evaluation, rows: pa.Table, each: int = EACH) -> list[Gro
     drawn = list(range(total))
     random.Random(0).shuffle(drawn)  # the same rows on every build, whatever the scores
     take("At random", drawn)
-    places = places_of(evaluation)
+    places = {metric: (name, places_of(evaluation)[metric]) for metric, name in _shown(evaluation, table).items()}
     return [Group(name, [_sample(evaluation, table, i, places) for i in indices]) for name, indices in picked]
 
 
@@ -90,14 +90,25 @@ def _order(evaluation: Evaluation, table: dict[str, list[Any]], total: int) -> t
     return [], ""
 
 
-def _sample(evaluation: Evaluation, table: dict[str, list[Any]], i: int, places: dict[str, int]) -> Sample:
+def _shown(evaluation: Evaluation, table: dict[str, list[Any]]) -> dict[str, str]:
+    """Metric → its name beside a single row. A mean, a maximum and a quantile of the same scores are one score of a row,
+    shown once under what their names have in common."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    for metric in evaluation.metrics:
+        stem = metric.rpartition("_")[0] or metric
+        columns = (repr(table.get(f"{model}|{metric}")) for model in evaluation.models)
+        same.setdefault((stem, *columns), []).append(metric)
+    return {alike[0]: stem if len(alike) > 1 else alike[0] for (stem, *_), alike in same.items()}
+
+
+def _sample(evaluation: Evaluation, table: dict[str, list[Any]], i: int, places: dict[str, tuple[str, int]]) -> Sample:
     answers = []
     for model in evaluation.models:
         if f"{model}|prediction" not in table:
             continue
         scores = [
-            (metric, score)
-            for metric, digits in places.items()
+            (name, score)
+            for metric, (name, digits) in places.items()
             if f"{model}|{metric}" in table and (score := number(table[f"{model}|{metric}"][i], max(digits, 2))) != NONE
         ]
         ended = table[f"{model}|ended"][i] if f"{model}|ended" in table else None

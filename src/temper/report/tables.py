@@ -88,9 +88,13 @@ def cut_answers(rows: pa.Table | None, model: str) -> tuple[int, int] | None:
     return ended.count(False), len(ended)
 
 
-def results_table(evaluation: Evaluation, rows: pa.Table | None) -> Table:
-    """Models × metrics with intervals; the signatures are the notes."""
-    places, winners, notes = places_of(evaluation), best(evaluation), _signatures(evaluation)
+def results_table(evaluation: Evaluation, rows: pa.Table | None, judged: str = "") -> Table:
+    """Models × metrics with intervals; the signatures are the notes.
+
+    Args:
+        judged: what is known of the classifier that was asked (see `judge`), shown beside the signatures of toxicity.
+    """
+    places, winners, notes = places_of(evaluation), best(evaluation), _signatures(evaluation, judged)
     marks = {metric: f"[{i}]" for i, metric in enumerate(evaluation.metrics, 1)}
     head = [words("model")]
     head += [Cell(f"{metric} {arrow(evaluation.higher_is_better(metric))}".strip(), marks[metric]) for metric in places]
@@ -119,13 +123,25 @@ def results_table(evaluation: Evaluation, rows: pa.Table | None) -> Table:
     return Table(head, body, notes=notes)
 
 
-def _signatures(evaluation: Evaluation) -> list[str]:
+def judge(run: Run, stage: Stage) -> str:
+    """How often the classifier is right that an evaluation asked, where it is a stage of the same run; else ""."""
+    name = stage.info.config.get("classifier") if stage.info else None
+    asked = next((s for s in run.stages if s.name == name and s.info), None)
+    facts = asked.info.facts if asked and asked.info else {}
+    for split in ("test", "validation"):
+        if isinstance(share := facts.get(f"{split} accuracy"), int | float):
+            return f"The classifier is the stage {name}, right on {percent(share)} of its {split} rows."
+    return ""
+
+
+def _signatures(evaluation: Evaluation, judged: str) -> list[str]:
     notes = []
     for i, metric in enumerate(evaluation.metrics, 1):
         seen = dict.fromkeys(m[metric].signature for m in evaluation.models.values() if metric in m)
         text = " ≠ ".join(s or "no signature" for s in seen)
         warn = " The models were not measured alike: do not compare these numbers." if len(seen) > 1 else ""
-        notes.append(f"[{i}] {metric}: {text}.{warn}")
+        told = f" {judged}" if judged and metric.startswith("toxicity") else ""
+        notes.append(f"[{i}] {metric}: {text}.{told}{warn}")
     return notes
 
 

@@ -123,7 +123,7 @@ class Rl(TrainingStage):
         None, "What the reward «model» asks: a stage of kind reward or classifier, a folder, or a hub id (id@revision)."
     )
     reward_label: str | None = detail(None, "Of a reward model with several labels: the one whose logit is the reward.")
-    completions: int = detail(8, "Completions of each prompt (k).", ge=1)
+    completions: int = detail(8, "Completions of each prompt (k); advantages over a group need 2 or more.", ge=1)
     batch_size: int = detail(8, "Prompts of an optimiser step, with k completions each.", ge=1)
     rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
     iterations: int = detail(1, "Passes over each rollout.", ge=1)

@@ -171,10 +171,12 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
     """
     f, c = job.facts, job.counts
     share = c["trainable_parameters"] / c["parameters"]
+    epochs = loop.steps / loop.batches.per_epoch
+    part = "" if epochs >= 1 else ": part of the data is not seen"
     text = [
         *lines,
         f"one optimiser step: {step}",
-        f"steps: {loop.steps} ({loop.steps / loop.batches.per_epoch:.2g} epochs), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
+        f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
         f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}",
         f"proof: {f['proof']}",
