@@ -235,7 +235,9 @@ def test_what_the_classifier_says_is_not_put_down_to_the_reward() -> None:
         raise ModelError("the classifier has no label «toxic»", do="write toxic_label: …")
 
     asked = dataclasses.replace(given(), toxicity=judge)
-    with pytest.raises(ModelError, match=r"^the classifier has no label «toxic»\ndo: write toxic_label: …$"):
+    with pytest.raises(
+        ModelError, match=r"^the classifier has no label «toxic»\nwhere: rows.jsonl:1.*\ndo: write toxic_label: …$"
+    ):
         rewards.compute(rewards.read(["toxicity"]), asked)
 
 

@@ -271,8 +271,10 @@ def _values(part: Part, given: Given) -> np.ndarray:
     n = len(given.completions)
     try:
         found = list(part.call(given))
-    except TemperError:  # of the classifier or the reward model that is asked: it says itself what to do
-        raise
+    except TemperError as error:  # of the classifier or the reward model that is asked: it says itself what to do
+        where, _ = _culprit(part, given, error)
+        both = ", ".join(w for w in (error.where, where) if w)
+        raise type(error)(error.what, where=both, do=error.do) from None
     except Exception as error:
         where, error = _culprit(part, given, error)
         raise DataError(

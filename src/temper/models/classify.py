@@ -129,15 +129,18 @@ class Classifier(Policy):
         """Names of the labels in the order of the head's outputs."""
         return labels_of(self.inner.config)
 
-    def find(self, label: str) -> tuple[int, str]:
+    def find(self, label: str, *, key: str = "label: …") -> tuple[int, str]:
         """The label's index, and a sentence where it goes by another name ("" where not).
 
         Found regardless of case; else the one label that holds the name and does not negate it is taken.
 
+        Args:
+            key: where the recipe says which label it is, for the error.
+
         Raises:
             ModelError: there is no such label, or more than one; it lists those there are.
         """
-        return find(self.labels, label, where=str(self.inner.config.name_or_path))
+        return find(self.labels, label, where=str(self.inner.config.name_or_path), key=key)
 
     def probability(self, texts: Sequence[str], label: str = "toxic", *, batch_tokens: int = 8192) -> np.ndarray:
         """Probability of a label, float64 [N]; independent of batch and order up to rounding. Dropout is off.

@@ -64,7 +64,7 @@ class RewardModel(Classifier):
                 where=name,
                 do="write reward_label: with one of these",
             )
-        index, notice = self.find(label)
+        index, notice = self.find(label, key="reward_label: …")
         self.notices += [notice] if notice else []
         return index
 
