@@ -318,6 +318,7 @@ def test_an_encoder_learns_from_pairs_with_prompts(tmp_path: Path, trained: Path
     how = "epochs: 6, batch_size: 8, lr: 3e-3, centre: true"
     folder = temper.run(write(tmp_path, rows, data, how, Path("./encoder")), out=tmp_path / "out", quiet=True)
     info = read_json(folder / "rm" / "stage.json")
+    assert "texts end with" not in info["facts"]  # an encoder's head reads another token
     assert info["facts"]["test accuracy"] == 1 and info["facts"]["layout"] == "padded"
     assert "the head's bias" in info["facts"]["centred"] and abs(info["facts"]["test right signs"] - 1) < 0.2
     model = DistilBertForSequenceClassification.from_pretrained(folder / "rm" / "model").eval()

@@ -176,8 +176,8 @@ class RewardModel(Classifier):
 
     @property
     def on_tips(self) -> bool:
-        """Whether the head is a decoder's: a linear layer on the last token's hidden state."""
-        return hasattr(self.inner, "score")
+        """See `reads_tips`."""
+        return reads_tips(self.inner)
 
     def settle(self, layout: str, length: int) -> dict[str, Any]:
         """Choose the layout by proof: trees where they score as transformers' own forward pass does on this model.
@@ -297,6 +297,11 @@ def pair(
     return Tree(
         ids, pos, end, tips[:1], tips[:1], np.ones(1, np.float32), np.zeros(1, i32), tips, origin, extra
     )  # fmt: skip
+
+
+def reads_tips(hf: Any) -> bool:
+    """Whether a model's head is a decoder's: a linear layer on the last token's hidden state."""
+    return hasattr(hf, "score")
 
 
 def with_end(tokenizer: Any) -> tuple[Any, bool]:

@@ -24,7 +24,7 @@ from temper.losses import Terms, pair_losses
 from temper.models import adapters, load
 from temper.models.adapters import Adapter
 from temper.models.classify import untrained
-from temper.models.reward import RewardModel, with_end
+from temper.models.reward import RewardModel, reads_tips, with_end
 from temper.recipe import DataRef, ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
 from temper.stages import pairs as pairing
@@ -83,8 +83,6 @@ class TrainReward(Stage, Validated):
         records = {s: read_split(job, self.data.partition(".")[0], s, optional=s != "train") for s in SPLITS}
         source = job.model(self.model)
         tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
-        tokenizer, ended = with_end(tokenizer)
-        job.facts["texts end with"] = repr(tokenizer.eos_token or tokenizer.sep_token) if ended else "their last word"
         texts = self._texts(job, records, tokenizer)
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
@@ -134,8 +132,11 @@ class TrainReward(Stage, Validated):
             source, ["reward"], seed=job.seed, attention=self.attention, trust_remote_code=job.recipe.trust_remote_code
         )
         hf.config.problem_type = "regression"  # the output is a number: nothing makes a probability of it
-        if hf.config.pad_token_id == tokenizer("a")["input_ids"][-1]:  # the head would skip what every text ends with
-            hf.config.pad_token_id = hf.config.get_text_config().pad_token_id = None
+        if reads_tips(hf):
+            tokenizer, ended = with_end(tokenizer)
+            job.facts["texts end with"] = str(tokenizer.eos_token) if ended else "their last word"
+            if hf.config.pad_token_id == tokenizer.eos_token_id:  # the head would skip what every text ends with
+                hf.config.pad_token_id = hf.config.get_text_config().pad_token_id = None
         hf.to(device)
         if not self.dropout:
             load.no_dropout(hf)  # before the adapter, whose dropout is a setting of its own
