@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from temper import metrics
 from temper.errors import DataError, RecipeError
-from temper.metrics import diversity, likelihood, rouge, text, words
+from temper.metrics import diversity, likelihood, preference, rouge, text, words
 from temper.types import Outputs
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -47,12 +47,19 @@ SAMPLE = Outputs(
     second_rewards=np.array([-3.0, 1.0, 0.5, 0.0]),
     reward_models=("one", "other#pos"),
     kl=np.array([0.5, 0.0, 2.5, 1.0]),
+    pairs=np.array([[-6.0, -7.0], [-2.5, -2.0], [np.nan, np.nan], [-0.5, -0.5]]),
+    pair_tokens=np.array([[3, 4], [4, 3], [0, 0], [1, 2]]),
+    reference_pairs=np.array([[-5.0, -7.5], [-3.0, -2.0], [np.nan, np.nan], [-0.5, -1.0]]),
+    reference="base@1",
+    wins=np.array([1.0, 0.5, np.nan, 0.0]),
+    duel="against:base|by:rm",
     classifier="judge",
 )
-NEEDS = {"lexicon": {"lexicon": {"words": ["one"]}}}  # what must be said of a metric that has no default for it
+# what must be said of metrics that have no default for it
+NEEDS = {"lexicon": {"lexicon": {"words": ["one"]}}, "win_rate": {"win_rate": {"against": "base"}}}
 
 
-@pytest.mark.parametrize("module", [words, rouge, likelihood, text, diversity])
+@pytest.mark.parametrize("module", [words, rouge, likelihood, text, diversity, preference])
 def test_the_worked_numbers_in_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 
@@ -81,6 +88,12 @@ def test_a_subset_of_rows_has_the_score_of_their_summed_statistics(name):
             second_rewards=SAMPLE.second_rewards[pick],
             reward_models=SAMPLE.reward_models,
             kl=SAMPLE.kl[pick],
+            pairs=SAMPLE.pairs[pick],
+            pair_tokens=SAMPLE.pair_tokens[pick],
+            reference_pairs=SAMPLE.reference_pairs[pick],
+            reference=SAMPLE.reference,
+            wins=SAMPLE.wins[pick],
+            duel=SAMPLE.duel,
             classifier=SAMPLE.classifier,
         )
         for given_name, scores in metrics.compute(spec, part).items():

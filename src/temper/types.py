@@ -29,6 +29,10 @@ class Outputs:
     `kl` is the divergence of this model from another along its own prediction, in nats summed over its tokens.
     `toxicity` is a classifier's probability that each of a prompt's k answers is toxic, its prediction first.
     `rewards` are a reward model's, of each prompt and prediction as one text; `second_rewards` are another one's.
+    `pairs` are log-probabilities of whole answers in nats, of the chosen and of the rejected one, summed over their
+    `pair_tokens` tokens (end tokens included); `reference_pairs` are a reference model's. A pair that was not scored is nan.
+    `wins` are 1 where this model's answer was judged better than another model's, 0 where worse, 0.5 for a tie, nan where
+    the judge's words could not be read.
     """
 
     prompts: list[str]
@@ -44,11 +48,23 @@ class Outputs:
     rewards: np.ndarray | None = None  # float64 [N]
     second_rewards: np.ndarray | None = None  # float64 [N]
     reward_models: tuple[str, ...] = ()  # which they are
+    pairs: np.ndarray | None = None  # float64 [N, 2]
+    pair_tokens: np.ndarray | None = None  # int64 [N, 2]
+    reference_pairs: np.ndarray | None = None  # float64 [N, 2]
+    reference: str = ""  # which model that is
+    wins: np.ndarray | None = None  # float64 [N]
+    duel: str = ""  # against which model, and judged by which
 
 
 def mean_of_rows(sums: np.ndarray) -> np.ndarray:
     """Aggregate for `stats` of columns (score, 1): [..., 2] → [...]."""
     return sums[..., 0] / sums[..., 1]
+
+
+def known_mean(sums: np.ndarray) -> np.ndarray:
+    """`mean_of_rows` where there may be no rows at all: nan."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return mean_of_rows(sums)
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,14 @@ class Scores:
         """Scores of a metric that is the mean of its rows."""
         rows = np.asarray(rows, dtype=np.float64)
         return Scores(np.stack([rows, np.ones_like(rows)], -1), rows, signature, higher_is_better)
+
+    @staticmethod
+    def mean_of_known(rows: np.ndarray, signature: str, *, higher_is_better: bool | None = True) -> Scores:
+        """As `mean`, of the rows that have a score: one that is nan counts neither above nor below."""
+        rows = np.asarray(rows, dtype=np.float64)
+        known = ~np.isnan(rows)
+        stats = np.stack([np.where(known, rows, 0.0), known.astype(np.float64)], -1)
+        return Scores(stats, rows, signature, higher_is_better, known_mean)
 
     @staticmethod
     def order(

@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
-from temper.metrics import diversity, lexicon, likelihood, reward, rouge, text, toxicity  # noqa: F401 (each registers its own)
+from temper.metrics import (  # noqa: F401 (each registers its own)
+    diversity,
+    lexicon,
+    likelihood,
+    preference,
+    reward,
+    rouge,
+    text,
+    toxicity,
+)
 from temper.metrics.table import declared, register, registry
 from temper.types import Outputs, Scores
 
@@ -25,11 +34,14 @@ __all__ = [
     "Request",
     "Spec",
     "asks_of_classifier",
+    "asks_of_judge",
     "asks_of_reward_model",
     "compute",
     "describe",
     "names",
+    "needs_kl",
     "needs_likelihood",
+    "needs_pairs",
     "needs_text",
     "read",
     "register",
@@ -98,7 +110,12 @@ def needs_likelihood(spec: Spec) -> bool:
 
 def needs_text(spec: Spec) -> bool:
     """Whether any metric needs predictions generated."""
-    return any(declared[request.name].reads != "likelihood" for request in read(spec))
+    return any(declared[request.name].reads not in ("likelihood", "pairs") for request in read(spec))
+
+
+def needs_pairs(spec: Spec) -> bool:
+    """Whether any metric reads `outputs.pairs`."""
+    return any(declared[request.name].reads == "pairs" for request in read(spec))
 
 
 def needs_kl(spec: Spec) -> bool:
@@ -111,9 +128,16 @@ def asks_of_classifier(spec: Spec) -> dict[str, Any] | None:
     return next((r.options for r in read(spec) if declared[r.name].reads == "toxicity"), None)
 
 
+def asks_of_judge(spec: Spec) -> dict[str, Any] | None:
+    """The options of the metric that reads `outputs.wins`; None where none does."""
+    return next((r.options for r in read(spec) if declared[r.name].reads == "judge"), None)
+
+
 def asks_of_reward_model(spec: Spec) -> bool:
-    """Whether any metric reads `outputs.rewards`."""
-    return any(declared[request.name].reads == "reward" for request in read(spec))
+    """Whether any metric reads `outputs.rewards`, or wins that follow from them."""
+    duel = asks_of_judge(spec)
+    by_reward = duel is not None and duel["judge"] == preference.REWARD_MODEL
+    return by_reward or any(declared[request.name].reads == "reward" for request in read(spec))
 
 
 def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Scores]:
@@ -137,7 +161,8 @@ def compute(spec: Spec, outputs: Outputs, *, where: str = "") -> dict[str, Score
 
 def _check_lengths(outputs: Outputs, where: str) -> None:
     columns = [outputs.prompts, outputs.predictions, outputs.references, outputs.ended, outputs.nll, outputs.tokens,
-               outputs.toxicity, outputs.kl, outputs.rewards, outputs.second_rewards]  # fmt: skip
+               outputs.toxicity, outputs.kl, outputs.rewards, outputs.second_rewards, outputs.pairs, outputs.pair_tokens,
+               outputs.reference_pairs, outputs.wins]  # fmt: skip
     lengths = {len(column) for column in columns if column is not None}
     if len(lengths) > 1:
         raise ValueError(f"columns of outputs differ in length: {sorted(lengths)}")

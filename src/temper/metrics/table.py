@@ -9,7 +9,7 @@ from temper.registry import Registry
 from temper.types import Scores
 
 Metric = Callable[..., dict[str, Scores]]
-Reads = Literal["text", "likelihood", "toxicity", "reward", "kl"]
+Reads = Literal["text", "likelihood", "pairs", "toxicity", "reward", "judge", "kl"]
 
 registry: Registry[Metric] = Registry("metric")
 
@@ -32,7 +32,8 @@ def register(
 
     Args:
         reads: "text" if it needs predictions generated, "toxicity" if it needs a classifier's judgement of them too,
-            "reward" if it needs a reward model's, "kl" if it needs the predictions' divergence, "likelihood" if it reads `nll` and `tokens` instead.
+            "reward" if it needs a reward model's, "judge" if it needs them set against another model's, "kl" if it needs
+            the predictions' divergence; "likelihood" if it reads `nll` and `tokens` instead, "pairs" if it reads `pairs`.
         gives: maps the options (as keyword arguments) to the names of the scores returned; by default `name` alone.
         also: names of scores that it gives besides where the outputs allow them.
     """
