@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from temper.errors import ModelError
 from temper.losses import nll
-from temper.models import scores
+from temper.models import scores, segments
 from temper.models.attention import tree_mask
 from temper.models.scores import Policy, check_causal, prove
 from temper.trees import Node, Row, chain, flatten, join, rounded, stack
@@ -59,16 +60,23 @@ def gradients(value: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> 
 
 
 def compare(
-    model: Any, row: Row, layouts: Iterable[scores.Layout] = ("tree", "padded"), *, slack: float = 1
+    model: Any,
+    row: Row,
+    layouts: Iterable[scores.Layout] = ("tree", "padded"),
+    *,
+    slack: float = 1,
+    pieces: bool = False,
 ) -> dict[str, float]:
     """Policy in each layout against the model itself; returns the largest differences."""
-    expected = one_by_one(model, row)
+    expected = one_by_one(model, row)[-len(row.tgt) :]  # of a row that scores its last tokens alone, those
     slope = gradients((expected * row.weight).sum(), model.parameters())
     assert expected.std() > 1, "flat models hide errors"
     assert slope.norm() > 0
     worst = {"logp": 0.0, "gradient": 0.0}
     for layout in layouts:
-        got = Policy(model, layout)(row)
+        policy = Policy(model, layout)
+        policy.segments = pieces
+        got = policy(row)
         assert got.dtype == torch.float32 and got.shape == row.tgt.shape
         error = (got - expected).abs().max().item()
         tilt = gradients((got * row.weight).sum(), model.parameters())
@@ -99,6 +107,44 @@ def test_trees_and_padding_equal_single_sequences(family: str) -> None:
     proof = prove(Policy(model))
     assert proof["layout"] == "tree" and proof["difference"] < 1e-5 < 1 < proof["control"]
     compare(model, row)
+
+
+@pytest.mark.parametrize("family", TREES)
+@pytest.mark.parametrize("size", [128, 6])
+def test_attention_by_segments(family: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One segment of all trees, or a segment of each and blocks of 6 queries; and a lane's padding is left out."""
+    monkeypatch.setattr(segments, "LEAST", size)
+    monkeypatch.setattr(segments, "BLOCK", size)
+    model, row = build(family), forest()
+    policy = Policy(model)
+    prove(policy)
+    if model.config._attn_implementation != "sdpa":
+        return
+    assert policy.segments != family.startswith("falcon"), "the proof finds that falcon has attention of its own"
+    if not policy.segments:
+        return
+    compare(model, row, ["tree"], pieces=True)
+    lanes = stack([[t] for t in row.trees])
+    assert len(segments.in_line(lanes).ids) < len(lanes.ids) or len(row.trees) == 1
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compare(model, lanes, ["tree"], pieces=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "granite"])
+def test_the_last_layer_is_computed_only_where_it_is_read(family: str) -> None:
+    """Of three tokens, as of the few that a reward model reads, and of a forest's."""
+    model, row = build(family), forest()
+    few = dataclasses.replace(row, src=row.src[-3:], tgt=row.tgt[-3:], weight=row.weight[-3:], branch=row.branch[-3:])
+    for pieces in (False, True):
+        compare(model, few, ["tree"], pieces=pieces)
+    seen: list[int] = []
+    inner = next(segments._at_the_end(model.base_model)[0].children())
+    inner.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, -2).shape[0]))
+    with torch.no_grad():
+        Policy(model, "tree")(few)
+        Policy(model, "tree")(row)
+    assert seen == [len(few.src.unique()), len(row.src.unique())]
 
 
 @pytest.mark.parametrize("family", TREES)
@@ -167,8 +213,8 @@ def test_a_window_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """One mask for layers of two kinds: the error that transformers takes without a word."""
     model = build("gemma3")
 
-    def one_mask(model: Any, row: Row, dtype: torch.dtype) -> Any:
-        made = tree_mask(model, row, dtype)
+    def one_mask(model: Any, row: Row, dtype: torch.dtype, **more: Any) -> Any:
+        made = tree_mask(model, row, dtype, **more)
         assert isinstance(made, dict)
         return {name: made["full_attention"] for name in made}
 

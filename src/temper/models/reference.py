@@ -30,7 +30,7 @@ class Reference:
         self.copy: Policy | None = None
         if rate is not None or not isinstance(policy.hf, PeftModel):
             self.copy = Policy(_frozen(policy.hf), policy.layout)
-            self.copy.temperature = policy.temperature
+            self.copy.temperature, self.copy.segments = policy.temperature, policy.segments
 
     @torch.no_grad()
     def __call__(self, row: Row) -> torch.Tensor:
