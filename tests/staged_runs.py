@@ -269,9 +269,10 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file without what the clock decides; none where it is absent."""
+    """The lines of a jsonl file without what the clock and the machine decide; none where it is absent."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [{k: v for k, v in json.loads(t).items() if k not in {"seconds", "tokens_per_second"}} for t in lines]
+    clock = {"seconds", "tokens_per_second", "cpu_percent", "memory_gb", "gpu_percent", "gpu_memory_gb"}
+    return [{k: v for k, v in json.loads(t).items() if k not in clock} for t in lines]
 
 
 def copy_stages(source: Path, target: Path, *names: str, but: Collection[str] = ()) -> Path:

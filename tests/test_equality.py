@@ -14,7 +14,9 @@ import torch
 import transformers as tf
 
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Training
+from temper.engine.loop import Loop
+from temper.engine.settings import Training
+from temper.engine.validation import Plan
 from temper.errors import ModelError
 from temper.hub import Source, identity
 from temper.job import Job, Log
@@ -230,7 +232,7 @@ def test_dropout_is_off_where_it_must_be(tmp_path: Path) -> None:
     ids, weights = examples(4)
     trees = [chain(i, w) for i, w in zip(ids, weights, strict=True)]
     loop = looped(tmp_path, model, trees)
-    loop.validation = rows_of(trees, 64, 64)
+    loop.plan = Plan(1, rows_of(trees, 64, 64), [], 0.0)
     with torch.no_grad():
         expected = model.eval()(**padded_batch(ids, weights)).loss.item()
     loop.policy.train()

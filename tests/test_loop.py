@@ -272,7 +272,7 @@ def test_validation_loss_is_the_mean_over_tokens(made: Made) -> None:
             module.p = 0.5
     held = examples(7, seed=9)
     loop = made({"row_tokens": 32, "micro_tokens": 64}, model=model, validation=held)
-    assert len(loop.validation) > 1
+    assert len(loop.plan.rows) > 1
     model.train()
     got = loop.validation_loss()
     model.eval()
@@ -406,9 +406,10 @@ def test_metrics_are_json_lines_of_the_documented_shape(made: Made) -> None:
     found = [json.loads(line, parse_constant=pytest.fail) for line in raw.splitlines()]
     steps = [line for line in found if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert all(
-        set(line) == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"} for line in steps
-    )
+    machine = {"tokens_per_second", "seconds", "cpu_percent", "memory_gb"}
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "tokens", *machine}
+    assert all(set(line) == {*steps[0], "grad_noise"} for line in steps[1:]), "one step alone tells of no noise"
+    assert all(line["memory_gb"] > 0 for line in steps) and steps[-1]["cpu_percent"] > 0
     tokens = np.cumsum([sum(len(loop.batches.trees[i]) for i in loop.batches.chosen(k)) for k in range(4)])
     assert [line["tokens"] for line in steps] == tokens.tolist()
     validations = [line for line in found if "validation_loss" in line]
@@ -487,7 +488,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(made: Made, tmp_path: 
     resumed = made(fields, model=model(), validation=held, folder=folder)
     resumed.run()
     assert equal(weights(whole.policy), weights(resumed.policy))
-    kept = ("step", "loss", "lr", "grad_norm", "tokens", "validation_loss", "best")
+    kept = ("step", "loss", "lr", "grad_norm", "grad_noise", "tokens", "validation_loss", "best")
     assert [{k: v for k, v in line.items() if k in kept} for line in lines(resumed)] == [
         {k: v for k, v in line.items() if k in kept} for line in lines(whole)
     ]

@@ -14,7 +14,7 @@ import pytest
 
 import temper
 from temper.engine import optim
-from temper.losses import token_losses
+from temper.losses import preference_losses, token_losses, unpaired_losses
 from temper.merging import rules
 from temper.metrics import registry as metrics
 from temper.recipe import stages
@@ -36,7 +36,7 @@ ONLY = {
     "address": {"errors"},
     "trees": set(),
     "data": {"errors", "types", "recipe"},
-    "losses": {"registry"},
+    "losses": {"errors", "registry"},
     "advantages": {"registry"},
     "merging": {"errors", "registry"},
     "rewards": {"errors", "metrics", "registry", "types"},
@@ -50,7 +50,7 @@ NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "val
             "advantages", "metrics", "rewards", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
-LATE = {"bitsandbytes", "huggingface_hub", "datasets", "rouge_score", "nltk", "optuna"}
+LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "nltk", "optuna"}
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {"temper", "temper.cli", "temper.fields", "temper.doctor", "temper.terminal"}
 # A type alone, for an annotation: the stage's `run` takes the job that holds the recipe.
@@ -181,7 +181,9 @@ def obvious(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize(
-    "table", [metrics, optim.optimizers, optim.schedules, rules, token_losses, stages], ids=lambda t: t.kind
+    "table",
+    [metrics, optim.optimizers, optim.schedules, rules, token_losses, preference_losses, unpaired_losses, stages],
+    ids=lambda t: t.kind,
 )
 def test_registered_things_have_a_sentence_for_the_list(table) -> None:
     for name in table:

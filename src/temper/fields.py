@@ -19,7 +19,9 @@ from temper.recipe import Top, read, shipped, stages
 from temper.registry import Registry
 
 # What takes options: {NAME: {option: value}}.
-CONFIGURED = {"metric", "reward", "algorithm", "advantage", "pair loss", "merge rule"}
+CONFIGURED = {
+    "metric", "reward", "algorithm", "advantage", "pair loss", "preference loss", "unpaired loss", "merge rule", "schedule",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _tables() -> dict[str, Registry[Any]]:
     from temper import metrics
     from temper.advantages import advantages
     from temper.engine import optim
-    from temper.losses import pair_losses, policy_losses, token_losses
+    from temper.losses import pair_losses, policy_losses, preference_losses, token_losses, unpaired_losses
     from temper.merging import rules
     from temper.rewards import rewards
 
@@ -222,6 +224,8 @@ def _tables() -> dict[str, Registry[Any]]:
         "losses": token_losses,
         "rules": rules,
         "pair_losses": pair_losses,
+        "preference_losses": preference_losses,
+        "unpaired_losses": unpaired_losses,
         "optimizers": optim.optimizers,
         "schedules": optim.schedules,
     }

@@ -15,7 +15,7 @@ import psutil
 from temper import address, hub, shapes
 from temper.data import sources
 from temper.engine import device as devices
-from temper.engine.loop import Validated
+from temper.engine.settings import Validated
 from temper.errors import TemperError
 from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe

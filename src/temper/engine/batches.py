@@ -15,7 +15,8 @@ from temper.trees import Row, Tree, rows_of
 class Source(Protocol):
     """Where the loop takes its rows from."""
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     @property
     def per_epoch(self) -> int:
@@ -52,6 +53,13 @@ class Batches:
     def rows(self, step: int) -> list[Row]:
         """The micro-batches of a step."""
         return rows_of([self.trees[i] for i in self.chosen(step)], self.row_tokens, self.micro_tokens)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens that the first so many steps train on; where trees are drawn anew, each epoch counts as the first."""
+        epochs, more = divmod(steps, self.per_epoch)
+        n, began = len(self.trees), epochs * self.per_epoch
+        left = [i % n for k in range(more) for i in self.chosen(began + k)]
+        return epochs * sum(len(t) for t in self.trees) + sum(len(self.trees[i]) for i in left)
 
     def ready(self, step: int) -> bool:
         return True

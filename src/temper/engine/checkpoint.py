@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write(
     sync_folder(folder.parent)
 
 
-def recover(root: Path) -> None:
+def recover(root: Path, say: Callable[[str], Any]) -> None:
     """Clear up after a kill: a checkpoint left beside takes its name if it is whole and no whole one has it."""
     for beside in sorted(root.glob(".*.tmp")):
         folder = root / beside.name.removeprefix(".").removesuffix(".tmp")
@@ -67,6 +68,7 @@ def recover(root: Path) -> None:
             os.rename(beside, folder)
             sync_folder(root)
         else:
+            say(f"left out: a half-written checkpoint ({folder.name})")
             shutil.rmtree(beside)
 
 

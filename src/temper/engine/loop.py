@@ -18,58 +18,18 @@ from typing import Any, Protocol
 
 import torch
 
-from temper.engine import checkpoint, optim, tripwires
-from temper.engine.batches import Source
-from temper.engine.device import Precision, autocast
+from temper.engine import checkpoint, examples, optim, tripwires, watching
+from temper.engine.batches import Batches, Source
+from temper.engine.device import autocast
+from temper.engine.settings import Training, Validated
+from temper.engine.validation import SCORED, TRAINED, Measured, Plan, measure, plan
 from temper.job import Job
 from temper.losses import Terms
 from temper.models.scores import Policy
-from temper.recipe import Config, detail
 from temper.runfolder import write_atomic
 from temper.trees import Row
 
 Loss = Callable[..., Terms]  # (what the policy gives of a row [S], weights [S], the row's extra columns by name [S])
-
-
-class Training(Config):
-    """Fields that every training stage shares."""
-
-    epochs: float = detail(1.0, "Passes over the data; max_steps overrides it.", gt=0)
-    max_steps: int | None = detail(None, "Optimiser steps, whatever the number of epochs.", ge=1)
-    batch_size: int = detail(
-        16, "Examples a micro-step; an optimiser step takes batch_size × accumulation of them.", ge=1
-    )
-    accumulation: int = detail(
-        1, "Multiplies batch_size. Memory is set by micro_tokens alone; results do not depend on the cut.", ge=1
-    )
-    row_tokens: int = detail(256, "Examples are packed into rows of this many tokens; a longer one has its own.", ge=16)
-    micro_tokens: int = detail(
-        2048, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
-    )
-    lr: float = detail(1e-4, "Peak learning rate.", gt=0)
-    optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
-    schedule: str = detail("cosine", "cosine, linear or constant; see `temper list schedules`.")
-    warmup: float = detail(0.03, "Warm-up: steps, or a share of them when below 1.", ge=0)
-    weight_decay: float = detail(0.0, "Decoupled weight decay of matrices.", ge=0)
-    clip: float = detail(1.0, "Largest gradient norm; 0: no clipping.", ge=0)
-    precision: Precision = detail(
-        "auto", "float32, bf16, fp16 (with loss scaling), or auto: bf16 on GPUs that have it, else float32."
-    )
-    activation_checkpointing: bool = detail(
-        False, "Recompute activations in the backward pass: less memory, a third more time."
-    )
-    checkpoint_every: int | None = detail(
-        None, "Steps between checkpoints; null: by time, at most 5 % of it.", ge=1, affects_result=False
-    )
-    keep_checkpoints: int = detail(2, "Newest checkpoints kept while training.", ge=1, affects_result=False)
-
-
-class Validated(Training):
-    """Fields of the stages that look at a validation split while they train."""
-
-    evaluate_every: int | None = detail(None, "Steps between validations; null: ten over the run.", ge=1)
-    keep_best: bool = detail(True, "End with the weights of the best validation instead of the last.")
-    patience: int | None = detail(None, "Stop after this many validations without improvement.", ge=1)
 
 
 class Follower(Protocol):
@@ -81,7 +41,14 @@ class Follower(Protocol):
 
 
 class Loop:
-    """Trains the trainable parameters of a policy in place."""
+    """Trains the trainable parameters of a policy in place.
+
+    Args:
+        validation: rows that are scored while training; `plan` says when, and which of them.
+        sample: what is shown of the policy after each validation.
+        follower: what moves with the policy.
+        pieces: token ids → the text of each, for the validation examples with the highest loss; None keeps none.
+    """
 
     def __init__(
         self,
@@ -94,22 +61,26 @@ class Loop:
         validation: Sequence[Row] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
         follower: Follower | None = None,
+        pieces: examples.Pieces | None = None,
     ) -> None:
         self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
-        self.precision, self.validation, self.sample, self.follower = precision, validation, sample, follower
+        self.precision, self.sample, self.follower, self.pieces = precision, sample, follower, pieces
         self.device = policy.device
         self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
         self.warmup = optim.warmup_steps(training.warmup, self.steps)
+        self.rate = optim.rate_of(training.schedule, self.steps, self.warmup)
         watched = training if isinstance(training, Validated) else None
-        self.evaluate_every = (watched and watched.evaluate_every) or max(1, self.steps // 10)
+        self.plan = self._plan(watched, validation)
         self.keep_best = watched is not None and watched.keep_best
         self.patience = watched.patience if watched else None
+        self.worst = watched.worst if watched and pieces else 0
         self.optimizer = optim.optimizers.get(training.optimizer)(
             optim.groups(policy.named_parameters(), training.lr, training.weight_decay)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
         self.root = job.dir / "checkpoints"
-        self.metrics, self.samples = job.dir / "metrics.jsonl", job.dir / "samples.jsonl"
+        self.metrics, self.samples, self.hardest = (job.dir / f"{n}.jsonl" for n in ("metrics", "samples", "worst"))
+        self.machine = watching.Machine(self.device)
         self.state: dict[str, Any] = {
             "step": 0,
             "tokens": 0,
@@ -119,15 +90,35 @@ class Loop:
             "bad": 0,
             "stopped": False,
             "rates": [],
+            "losses": [],  # of all validations
+            "validated_tokens": 0,
+            "noise": {},  # of the gradient's norm
         }
 
+    def _plan(self, watched: Validated | None, validation: Sequence[Row]) -> Plan:
+        """When to look at which of the validation rows."""
+        if watched is None or not validation or not isinstance(self.batches, Batches):
+            return Plan(max(1, self.steps // 10), list(validation), [], 0.0)
+        b = self.batches
+        return plan(
+            validation, steps=self.steps, trained=b.tokens(self.steps), budget=watched.validation_budget,
+            every=watched.evaluate_every, row_tokens=b.row_tokens, micro_tokens=b.micro_tokens, seed=b.seed,
+        )  # fmt: skip
+
     def warnings(self) -> list[str]:
-        return tripwires.before(
+        name, options = optim.named(self.training.schedule)
+        needs = {f"the schedule «{name}»": options["patience"] + 1} if name in optim.WATCHING else {}
+        if self.patience is not None:
+            needs["patience"] = self.patience
+        found = tripwires.before(
             steps=self.steps,
             steps_per_epoch=self.batches.per_epoch,
             warmup=self.warmup,
             asked=not self.training.model_fields_set.isdisjoint({"max_steps", "epochs"}),
+            validations=-(-self.steps // self.plan.every) if self.plan.rows else 0,
+            needs=needs,
         )
+        return [*found, *filter(None, [self.plan.warning])]
 
     def run(self) -> None:
         """From the last good checkpoint to the end.
@@ -139,10 +130,10 @@ class Loop:
         saved_at, save_took = time.perf_counter(), 0.0
         with self.job.progress(self.steps, "training", done=self.state["step"]) as bar:
             while self.state["step"] < self.steps and not self.state["stopped"]:
-                loss = self._step()
+                shown = self._step()
                 step = self.state["step"]
-                bar(1, loss=f"{loss:.3f}")
-                if self.validation and (step % self.evaluate_every == 0 or step == self.steps):
+                bar(1, **shown)
+                if self.plan.rows and (step % self.plan.every == 0 or step == self.steps):
                     self._validate()
                 every = self.training.checkpoint_every
                 due = step % every == 0 if every else time.perf_counter() - saved_at > max(20.0, 20 * save_took)
@@ -150,25 +141,42 @@ class Loop:
                     began = time.perf_counter()
                     self._save()
                     saved_at, save_took = time.perf_counter(), time.perf_counter() - began
+        self._end()
+
+    def _end(self) -> None:
+        """Warn of what went otherwise than planned, put back the best weights, and score all rows with them."""
         for text in tripwires.after(
-            schedule=self.training.schedule, rates=self.state["rates"], took=self.state["step"], planned=self.steps
-        ):
+            schedule=optim.named(self.training.schedule)[0], rates=self.state["rates"], took=self.state["step"],
+            planned=self.steps, steps_per_epoch=self.batches.per_epoch, warmup=self.warmup, peak=self.training.lr,
+        ):  # fmt: skip
             self.job.warn(text)
-        if self.keep_best and self.state["best_step"] not in (None, self.state["step"]):
-            checkpoint.read_weights(self.root / f"best-{self.state['best_step']}", self.policy)
-            self.job.say(
-                f"kept the weights of step {self.state['best_step']} (validation loss {self.state['best']:.4f})"
+        kept = self.state["best_step"] if self.keep_best and self.state["best_step"] else self.state["step"]
+        if kept != self.state["step"]:
+            checkpoint.read_weights(self.root / f"best-{kept}", self.policy)
+            self.job.say(f"kept the weights of step {kept} (validation loss {self.state['best']:.4f})")
+        validated = self.state["validated_tokens"] * SCORED
+        if not self.plan.whole:
+            found = self.measured(self.plan.rows).with_(self.measured(self.plan.rest), self.worst)
+            validated += SCORED * sum(row.tokens for row in self.plan.rest) + SCORED * sum(
+                r.tokens for r in self.plan.rows
             )
+            self._log({"step": kept, "whole": True, "whole_validation_loss": found.loss})
+            self._keep_worst(found, kept, whole=True)
+            self.job.facts["validation loss, all rows"] = round(found.loss, 6)
+            self.job.say(f"validation loss on all rows with the weights of step {kept}: {found.loss:.4f}")
+        if validated:
+            share = validated / (validated + TRAINED * self.state["tokens"])
+            self.job.facts["validation's share of all work"] = f"{share:.1%}"
         self.job.counts.update(
             steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"]
         )
 
-    def _step(self) -> float:
-        """One optimiser step; returns its loss."""
+    def _step(self) -> dict[str, str]:
+        """One optimiser step; returns what the progress bar shows of it."""
         began = time.perf_counter()
         step = self.state["step"]
         torch.manual_seed((self.batches.seed * 1_000_003 + step) % 2**63)  # dropout is a function of the step
-        lr = self.training.lr * optim.schedules.get(self.training.schedule)(step, self.steps, self.warmup)
+        lr = self.training.lr * self.rate(step, self.state["losses"])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rows = self.batches.rows(step)
@@ -189,17 +197,22 @@ class Loop:
         self.state["tokens"] += tokens
         self.state["trained_tokens"] += sum(len(r.tgt) for r in rows)
         self.state["rates"] = [*self.state["rates"][:2], lr]
+        self.state["noise"] = watching.follow(self.state["noise"], norm)
         took = time.perf_counter() - began
         line = {
             "step": step + 1,
             "loss": loss,
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
+            **watching.noise_of(self.state["noise"]),
             "tokens": self.state["tokens"],
             **extras,
+            "tokens_per_second": round(tokens / took, 1),
+            "seconds": round(self.job.seconds(), 2),
+            **self.machine(),
         }
-        self._log({**line, "tokens_per_second": round(tokens / took, 1), "seconds": round(self.job.seconds(), 2)})
-        return loss
+        self._log(line)
+        return watching.shown(line)
 
     def gradients(self, rows: Sequence[Row]) -> tuple[float, dict[str, float]]:
         """Add the gradients of one optimiser step's rows; returns its loss and the means of what the loss logs beside."""
@@ -217,23 +230,25 @@ class Loop:
                 extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor
         return total, extras
 
+    def measured(self, rows: Sequence[Row]) -> Measured:
+        """Losses of validation rows, dropout off."""
+        with autocast(self.device, self.precision):
+            return measure(self.policy, self.loss, rows, self.device, self.worst)
+
     def validation_loss(self) -> float:
-        """Mean loss a trained token over the validation rows, dropout off."""
-        self.policy.eval()
-        total = weight = 0.0
-        with torch.no_grad(), autocast(self.device, self.precision):
-            for row in self.validation:
-                row = row.to(self.device)
-                terms = self.loss(self.policy(row), row.weight, **row.extra)
-                total += float((terms.values * terms.weights).sum(dtype=torch.float64))
-                weight += float(terms.weights.sum(dtype=torch.float64))
-        return total / weight
+        """Mean loss a trained token over the rows of every validation, dropout off."""
+        return self.measured(self.plan.rows).loss
 
     def _validate(self) -> None:
-        value, step = self.validation_loss(), self.state["step"]
+        found, step = self.measured(self.plan.rows), self.state["step"]
+        value = found.loss
         tripwires.check_validation(value, step, str(self.root))
         best = self.state["best"] is None or value < self.state["best"]
-        self._log({"step": step, "validation_loss": value, "best": best})
+        self.state["losses"] = [*self.state["losses"], value]
+        self.state["validated_tokens"] += found.tokens
+        extras = {f"validation_{name}": total / found.weight for name, total in found.extras.items()}
+        self._log({"step": step, "validation_loss": value, "best": best, **extras})
+        self._keep_worst(found, step)
         if best:
             self.state.update(best=value, best_step=step, bad=0)
             if self.keep_best:
@@ -248,6 +263,11 @@ class Loop:
             for line in self.sample():
                 append(self.samples, {"step": step, **line})
 
+    def _keep_worst(self, found: Measured, step: int, **mark: bool) -> None:
+        """The examples with the highest loss, each token's loss beside it."""
+        for line in examples.lines(found.worst, self.pieces) if self.pieces else ():
+            append(self.hardest, {"step": step, **mark, **line})
+
     def _save(self) -> None:
         self.job.save_clock()  # before the checkpoint: a run that goes on from it must know what was warned of before
         state = {**self.state, "scaler": self.scaler.state_dict()}
@@ -258,7 +278,7 @@ class Loop:
     def _resume(self) -> None:
         found = self._last_good()
         if found is None:
-            for file in (self.metrics, self.samples):
+            for file in (self.metrics, self.samples, self.hardest):
                 file.unlink(missing_ok=True)
             return
         folder, state = found
@@ -268,13 +288,14 @@ class Loop:
             checkpoint.read_follower(folder, self.follower.tensors())
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = state
-        for file in (self.metrics, self.samples):
+        for file in (self.metrics, self.samples, self.hardest):
             forget_after(file, state["step"])
-        self.job.say(f"goes on from step {self.state['step']}")
+        best = f"; the best weights so far are those of step {state['best_step']}" if state["best_step"] else ""
+        self.job.say(f"goes on from step {state['step']}{best}")
 
     def _last_good(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint whose best weights are there too, or will be made again on the way on."""
-        checkpoint.recover(self.root)
+        checkpoint.recover(self.root, self.job.say)
         while (found := checkpoint.latest(self.root, self.job.warn)) is not None:
             folder, state = found
             if not self.batches.ready(state["step"]):
@@ -303,12 +324,16 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that a kill cut short: those steps will be taken again."""
+    """Drop the lines of later steps, and a last line that a kill cut short: those steps will be taken again.
+
+    So will the pass over all validation rows after the last step, whose lines are marked «whole».
+    """
     if file.exists():
         kept = []
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 may stand in an answer
             with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)
+                if found["step"] <= step and not found.get("whole"):
                     kept.append(line)
         write_atomic(file, "".join(f"{line}\n" for line in kept))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
-from temper.errors import ModelError
+from temper.errors import ModelError, RecipeError
 from temper.registry import Registry
 
 optimizers: Registry[Callable[..., torch.optim.Optimizer]] = Registry("optimizer")
 schedules: Registry[Callable[..., float]] = Registry("schedule")
+WATCHING = frozenset({"plateau"})  # schedules that are also given the validation losses so far
+Rate = Callable[[int, Sequence[float]], float]  # (step from 0, validation losses so far) → factor of the learning rate
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 @optimizers.register("adamw")
@@ -87,6 +91,94 @@ def cosine(step: int, steps: int, warmup: int, *, floor: float = 0.0) -> float:
         return warmed(step, warmup)
     share = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@schedules.register("wsd")
+def wsd(
+    step: int,
+    steps: int,
+    warmup: int,
+    *,
+    decay: Annotated[float, pydantic.Field(gt=0)] = 0.2,
+    floor: Share = 0.0,
+) -> float:
+    """Warm-up, a stable rate, then a straight line to `floor` over the last steps (warmup–stable–decay).
+
+    Hu et al. 2024 ("MiniCPM", section 4); the straight line is that of Hägele et al. 2024 ("Scaling laws and
+    compute-optimal training beyond fixed training durations"), who find a fifth of the steps enough.
+
+    Args:
+        decay: steps of the decay, or their share of all steps when below 1.
+        floor: the factor at the end.
+
+    >>> [wsd(step, 100, 10) for step in (4, 50, 80, 90)]
+    [0.45454545454545453, 1.0, 1.0, 0.5]
+    """
+    if step < warmup:
+        return warmed(step, warmup)
+    start = max(warmup, steps - warmup_steps(decay, steps))
+    return floor + (1 - floor) * min(1.0, 1 - (step - start) / max(1, steps - start))
+
+
+@schedules.register("plateau")
+def plateau(
+    step: int,
+    steps: int,
+    warmup: int,
+    losses: Sequence[float] = (),
+    *,
+    factor: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5,
+    patience: Annotated[int, pydantic.Field(ge=0)] = 2,
+    threshold: Annotated[float, pydantic.Field(ge=0)] = 1e-4,
+    floor: Share = 0.0,
+) -> float:
+    """Warm-up, then 1, and times `factor` whenever validation has not improved for a while.
+
+    The rule of torch's ReduceLROnPlateau (mode min, relative threshold). It is a function of the losses so far, so
+    there is no state but them, and they are in every checkpoint.
+
+    Args:
+        losses: of the validations so far.
+        factor: what the rate is multiplied by.
+        patience: validations without improvement that are borne; the next one lowers the rate.
+        threshold: an improvement is a loss below the best one times 1 − threshold.
+        floor: the rate does not fall below this factor.
+
+    >>> plateau(50, 100, 0, [2.0, 1.0, 1.1, 1.2]), plateau(60, 100, 0, [2.0, 1.0, 1.1, 1.2, 1.0])
+    (1.0, 0.5)
+    """
+    best, bad, rate = math.inf, 0, 1.0
+    for loss in losses:
+        if loss < best * (1 - threshold):
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if bad > patience:
+            rate, bad = max(floor, rate * factor), 0
+    return warmed(step, warmup) * rate
+
+
+def named(value: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A recipe's `schedule`, a name or {name: {option: value}} → the name and all its options.
+
+    Raises:
+        RecipeError: there is no such schedule or option, or several stand there.
+    """
+    if isinstance(value, dict) and len(value) != 1:
+        raise RecipeError(
+            f"{value!r} is not one schedule", where="schedule", do="write a name, or {name: {option: value}}"
+        )
+    name, options = (value, {}) if isinstance(value, str) else next(iter(value.items()))
+    return name, schedules.check(name, options or {}, where="schedule")
+
+
+def rate_of(value: str | dict[str, Any], steps: int, warmup: int) -> Rate:
+    """The schedule of a recipe as a function of the step and of the validation losses so far."""
+    name, options = named(value)
+    schedule = schedules.get(name)
+    if name in WATCHING:
+        return lambda step, losses: schedule(step, steps, warmup, losses, **options)
+    return lambda step, losses: schedule(step, steps, warmup, **options)
 
 
 def warmup_steps(warmup: int | float, steps: int) -> int:

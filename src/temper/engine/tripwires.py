@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from temper.errors import TrainingError
 
 
-def before(*, steps: int, steps_per_epoch: int, warmup: int, asked: bool) -> list[str]:
+def before(
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    warmup: int,
+    asked: bool,
+    validations: int = 0,
+    needs: Mapping[str, int] | None = None,
+) -> list[str]:
     """Warnings on a plan of steps.
 
     Args:
         asked: the recipe itself says for how many steps or epochs; then fewer than one epoch is its choice.
+        validations: how many there will be.
+        needs: what acts only after so many validations without improvement, which must follow a first one.
     """
     out = []
     if steps < steps_per_epoch and not asked:
@@ -21,16 +31,45 @@ def before(*, steps: int, steps_per_epoch: int, warmup: int, asked: bool) -> lis
         )
     if warmup and warmup >= steps:
         out.append(f"warm-up takes {warmup} steps and the run has {steps}: the learning rate never reaches its value")
+    for what, after in (needs or {}).items():
+        if validations <= after:
+            out.append(
+                f"{what} acts after {after} validations without improvement, and there will be {validations}, the first of "
+                "which sets the measure: it can do nothing; set evaluate_every, or give the data stage validation rows"
+            )
     return out
 
 
-def after(*, schedule: str, rates: Sequence[float], took: int, planned: int) -> list[str]:
-    """Warnings on what a finished run did."""
+def after(
+    *,
+    schedule: str,
+    rates: Sequence[float],
+    took: int,
+    planned: int,
+    steps_per_epoch: int = 0,
+    warmup: int = 0,
+    peak: float | None = None,
+) -> list[str]:
+    """Warnings on what a finished run did.
+
+    Args:
+        rates: learning rates of the first two steps and of the last.
+        peak: the learning rate that warm-up leads to; None: not known.
+    """
     out = []
-    if schedule != "constant" and len(rates) > 2 and max(rates) == min(rates):
-        out.append(f"the schedule «{schedule}» never moved the learning rate from {rates[0]:g}")
+    still = max(rates) == min(rates) or (rates[-1] == peak and took > warmup + 1) if len(rates) > 2 else False
+    if schedule != "constant" and still:
+        out.append(
+            f"the schedule «{schedule}» never moved the learning rate from {rates[-1]:g}"
+            + " after warm-up" * bool(warmup)
+        )
     if took < planned:
-        out.append(f"stopped early after {took} of {planned} steps: validation did not improve")
+        text = f"stopped early after {took} of {planned} steps: validation did not improve"
+        if took <= warmup:
+            text += f"; that is in the middle of the warm-up ({warmup} steps)"
+        if took < steps_per_epoch:
+            text += f"; the first epoch ({steps_per_epoch} steps) was not through"
+        out.append(text)
     return out
 
 

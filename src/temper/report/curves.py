@@ -11,7 +11,7 @@ from markupsafe import Markup
 from temper.report.phrases import compact
 from temper.report.plots import Series, lines
 
-AXES = {"step", "tokens", "seconds", "best"}  # written on every line; not curves
+AXES = {"step", "tokens", "seconds", "best", "whole_validation_loss"}  # not curves: on every line, or once
 NAMES = {
     "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s",
     "reward_std": "spread of rewards in a group", "groups_without_variance": "groups of equal rewards, share",
@@ -19,6 +19,8 @@ NAMES = {
     "cut": "cut by the length limit, share", "ratio": "ratio to the sampling policy",
     "distinct_2": "distinct pairs of words, share", "self_bleu": "self-BLEU of a rollout",
     "loop_share": "looping texts, share", "same_opening": "texts with one opening, share",
+    "grad_noise": "noise of the gradient norm, share of it", "cpu_percent": "processor, % of one core",
+    "memory_gb": "memory, GB", "gpu_percent": "GPU use, %", "gpu_memory_gb": "GPU memory, GB",
     "clipped": "clipped tokens, share", "sampling_gap": "sampling gap, nats a token",
 }  # fmt: skip
 PART = "reward_"  # of a part of the reward
@@ -37,7 +39,8 @@ FIRST = [
     "loop_share",
     "same_opening",
 ]
-LAST = ["ratio", "clipped", "sampling_gap", "lr", "grad_norm", "tokens_per_second"]
+MACHINE = ["tokens_per_second", "cpu_percent", "memory_gb", "gpu_percent", "gpu_memory_gb"]
+LAST = ["ratio", "clipped", "sampling_gap", "lr", "grad_norm", "grad_noise", *MACHINE]
 VALIDATION = "validation_"
 
 
@@ -102,6 +105,10 @@ def figures(metrics: list[dict[str, Any]]) -> list[Figure]:
             series.append(Series(f"validation {name}", validation, 2, dots=True, best=best))
             if best:
                 note = f"best validation {name} {compact(best[1])} at step {compact(int(best[0]))}"
+        whole = [line for line in metrics if _is_number(line.get(f"whole_validation_{name}"))]
+        if whole:
+            said = f"on all rows, at step {whole[-1].get('step')}: {compact(whole[-1][f'whole_validation_{name}'])}"
+            note = "; ".join(filter(None, [note, said]))
         if lost := sum(1 for line in metrics if name in line and not _is_number(line[name])):
             note = f"{note}; " * bool(note) + f"{lost} values are not finite and not drawn"
         if series:

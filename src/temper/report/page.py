@@ -20,6 +20,7 @@ from temper.report.markdown import of_run, of_runs
 from temper.report.plots import Dot, dots
 from temper.report.read import Run, Stage, read_run, results_of
 from temper.report.samples import Group, choose
+from temper.report.worst import hardest, legend
 
 HERE = Path(__file__).parent
 
@@ -114,7 +115,12 @@ def _of_run(run: Run) -> dict[str, Any]:
         "manifest": run.manifest,
         "command": shlex.join(run.manifest.command),
         "evaluations": [_evaluation(run, stage, colours) for stage in run.stages if stage.evaluation],
-        "curves": [(stage, figures(stage.metrics)) for stage in run.stages if stage.metrics or stage.samples],
+        "curves": [
+            (stage, figures(stage.metrics), hardest(stage.worst))
+            for stage in run.stages
+            if stage.metrics or stage.samples
+        ],
+        "shades": legend(),
         "sweeps": fronts.sweeps(run),
         "fronts": fronts.fronts(run),
         "data": [_data(stage) for stage in run.stages if stage.card],

@@ -38,6 +38,7 @@ class Stage:
     front_json: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    worst: list[dict[str, Any]] = field(default_factory=list)  # validation examples with the highest loss
     rows: pa.Table | None = None
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
@@ -176,6 +177,7 @@ def _stage(run: Path, entry: ManifestStage, problems: list[str]) -> Stage:
     stage.front = _typed(Front, stage.front_json, problems, f"{entry.name}/front.json")
     stage.metrics = _json_lines(folder / "metrics.jsonl", problems, entry.name)
     stage.samples = _json_lines(folder / "samples.jsonl", problems, entry.name)
+    stage.worst = _json_lines(folder / "worst.jsonl", problems, entry.name)
     stage.rows = _parquet(folder / "rows.parquet", problems, entry.name)
     dropped = _parquet(folder / "data" / "dropped.parquet", problems, entry.name)
     stage.dropped = dropped.to_pylist() if dropped is not None else []

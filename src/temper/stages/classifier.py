@@ -13,7 +13,8 @@ from scipy.stats import rankdata
 
 from temper.engine import device as devices
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Validated
+from temper.engine.loop import Loop
+from temper.engine.settings import Validated
 from temper.errors import DataError, ModelError
 from temper.hub import Source
 from temper.job import Job
@@ -35,6 +36,7 @@ class TrainClassifier(Stage, Validated):
     """Train a classifier of texts on the columns `text` and `label` of a data stage; an adapter is folded in."""
 
     kind = "classifier"
+    version = 2
     gives = "classifier"
     trains_on = ("train",)
 

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from temper.engine import device as devices
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Validated
+from temper.engine.examples import pieces_of
+from temper.engine.loop import Loop
+from temper.engine.settings import Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll
@@ -40,6 +42,7 @@ class Pretrain(Stage, Validated):
     """Train a byte-level BPE tokenizer and a small Llama on the column `text` of a data stage."""
 
     kind = "pretrain"
+    version = 2
     gives = "model"
     trains_on = ("train", "validation")
 
@@ -61,6 +64,8 @@ class Pretrain(Stage, Validated):
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
         policy = Policy(fresh(self.shape, tokenizer, job.seed).to(device))  # type: ignore[arg-type]
+        if self.activation_checkpointing:
+            policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trees = [t for r in records for t in blocks(tokenizer, r, self.shape.context)]
         validation = [
             t
@@ -69,7 +74,8 @@ class Pretrain(Stage, Validated):
         ]
         settle(job, policy, "auto", max(t.depth for t in trees), device, precision)
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
-        loop = Loop(job, policy, nll, batches, self, precision, rows_of(validation, self.row_tokens, self.micro_tokens))
+        held = rows_of(validation, self.row_tokens, self.micro_tokens)
+        loop = Loop(job, policy, nll, batches, self, precision, held, pieces=pieces_of(tokenizer))
         job.counts["examples"] = len(trees)
         lines = [f"rows: {len(records):,} texts in {len(trees):,} sequences of at most {self.shape.context} tokens"]
         summarise(job, loop, lines, trees, f"⟦{tokenizer.decode(trees[0].ids.tolist())[:300]}…⟧")

@@ -16,7 +16,8 @@ from temper import statistics
 from temper.data.chat import Format
 from temper.engine import device as devices
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Validated
+from temper.engine.loop import Loop
+from temper.engine.settings import Validated
 from temper.errors import ModelError, RecipeError
 from temper.hub import Source
 from temper.job import Job
@@ -45,7 +46,7 @@ class TrainReward(Stage, Validated):
     """Train a reward model on pairs (Bradley–Terry): columns chosen and rejected, or texts with a label."""
 
     kind = "reward"
-    version = 2
+    version = 3
     gives = "reward"
     trains_on = ("train",)
 

@@ -140,7 +140,9 @@ class Rl(TrainingStage):
     )
     collapse: Collapse = detail(Collapse(), "When to warn that variety is lost.", affects_result=False)
     lr: float = detail(1e-5, "Peak learning rate.", gt=0)
-    schedule: str = detail("constant", "cosine, linear or constant; see `temper list schedules`.")
+    schedule: str | dict[str, Any] = detail(
+        "constant", "constant, cosine, linear or wsd, or {name: {option: value}}; see `temper list schedules`."
+    )
     row_tokens: int = detail(1024, "Prompts with their completions are packed into rows of this many tokens.", ge=16)
     micro_tokens: int = detail(
         4096, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16

@@ -7,7 +7,9 @@ from typing import Any
 
 from temper.data.chat import Encoded, Encoder, Format, is_text, show
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Validated
+from temper.engine.examples import pieces_of
+from temper.engine.loop import Loop
+from temper.engine.settings import Validated
 from temper.errors import DataError
 from temper.job import Job
 from temper.losses import nll
@@ -28,6 +30,7 @@ class Sft(TrainingStage, Validated):
     """Maximise the likelihood of the answers given their prompts; only answers are trained on."""
 
     kind = "sft"
+    version = 2
 
     data: DataRef = detail(..., "A data stage whose rows are prompt–completion, messages or text.")
     max_length: int | None = detail(None, "Longest example in tokens; null: the model's context.", ge=8)
@@ -54,7 +57,8 @@ class Sft(TrainingStage, Validated):
             job.facts["written_as"] = encoder.description
         batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
         validation = rows_of(held_trees, self.row_tokens, self.micro_tokens)
-        loop = Loop(job, policy, nll, batches, self, precision, validation, self._sampler(policy, encoder, held))
+        sampler, pieces = self._sampler(policy, encoder, held), pieces_of(tokenizer)
+        loop = Loop(job, policy, nll, batches, self, precision, validation, sampler, pieces=pieces)
         job.counts["examples"] = len(trees)
         lines = [
             f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",

@@ -15,8 +15,10 @@ from peft import PeftModel
 from temper import hub
 from temper.data.card import read_rows
 from temper.engine import device as devices
+from temper.engine import optim
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, Training
+from temper.engine.loop import Loop
+from temper.engine.settings import Training
 from temper.errors import DataError
 from temper.job import Job
 from temper.models import adapters, load
@@ -156,7 +158,9 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     data = [*lines, f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})"]
     row = max(first, key=lambda r: r.tokens)
     took, memory = probe(loop, [row])
-    seconds = took / row.tokens * tokens * loop.steps / batches.per_epoch
+    seconds = took / row.tokens * batches.tokens(loop.steps) / (1 - loop.plan.share)
+    if loop.plan.text:
+        data.append(loop.plan.text)
     announce(job, loop, data, step, (seconds, memory), shown)
 
 
@@ -176,9 +180,9 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
     text = [
         *lines,
         f"one optimiser step: {step}",
-        f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({loop.training.schedule})",
+        f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({_named(loop.training.schedule)})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
-        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}",
+        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
         f"proof: {f['proof']}",
         f"predicted: about {_duration(cost[0])} and {cost[1] / 1e9:.1f} GB",
         "one example, the trained part in ⟦ ⟧:",
@@ -188,6 +192,12 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
     job.say(job.summary)
     for warning in loop.warnings():
         job.warn(warning)
+
+
+def _named(schedule: str | dict[str, Any]) -> str:
+    """A schedule with all its options, as it is used."""
+    name, options = optim.named(schedule)
+    return ", ".join([name, *(f"{key} {value:g}" for key, value in options.items())])
 
 
 def probe(loop: Loop, rows: Sequence[Row]) -> tuple[float, float]:
