@@ -82,7 +82,7 @@ def sigmoid(pairs: Compared, *, beta: Positive = 0.1, label_smoothing: Flipped =
     """DPO: value = −log σ(β(r_c − r_r)), ln 2 at the reference.
 
     Rafailov et al. 2023 ("Direct preference optimization"), equation 7. With label_smoothing ε the conservative DPO of
-    Mitchell 2023 ("A note on DPO with noisy preferences"), equation 3; TRL's DPOTrainer leaves ε out here.
+    Mitchell 2023 ("A note on DPO with noisy preferences"); TRL's DPOTrainer leaves ε out here.
 
     Args:
         beta: how strongly the policy is held to the reference.
@@ -132,7 +132,7 @@ def ipo(pairs: Compared, *, beta: Positive = 0.1) -> torch.Tensor:
     """The margin is drawn to 1/2β, and not beyond: value = (r_c/|y_c| − r_r/|y_r| − 1/2β)².
 
     Azar et al. 2023 ("A general theoretical paradigm"), equation 17, where β is τ. The paper writes whole log-ratios;
-    means over tokens are TRL's, whose authors had it confirmed that the paper's results were made so.
+    means over tokens are TRL's, to whom its authors have confirmed that their results were made so.
 
     Args:
         beta: the smaller, the wider the margin that is sought.

@@ -20,7 +20,7 @@ NotNegative = Annotated[float, Ge(0)]
 def sft(pairs: Compared) -> torch.Tensor:
     """Likelihood of the chosen answer: value = −log π(y_c) / |y_c|. A term beside others that keeps it from falling.
 
-    Pang et al. 2024 ("Iterative reasoning preference optimization"), equation 2. Every pair counts alike; TRL's `sft`
+    Pang et al. 2024 ("Iterative reasoning preference optimization"), section 2. Every pair counts alike; TRL's `sft`
     averages over all tokens of a micro-batch, in which long answers count more, and which depends on how it was cut.
 
     >>> float(sft(ONE))
