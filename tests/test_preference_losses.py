@@ -381,6 +381,16 @@ def test_a_mixture_equals_trls_and_its_sft_counts_tokens(trainers: Callable[[str
     same(weighted, theirs, trainer.model)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_discopop_far_on_the_wrong_side_is_a_number_where_trls_is_none(trainers: Callable[[str], Any]) -> None:
+    trainer = trainers("DPO")
+    pairs = compared(trainer.model)
+    assert float((100 * pairs.margin).min().detach()) < -89
+    assert math.isnan(dpo(trainer, types=["discopop"], beta=100.0).item())
+    values = preference_losses.get("discopop")(pairs, beta=100.0)
+    assert bool(values.isfinite().all()) and bool(slopes(values, pairs).isfinite().all())
+
+
 def one_pair(k: int) -> dict[str, torch.Tensor]:
     """A batch of one pair as CPOTrainer and ORPOTrainer take it: their likelihood is a mean over the batch's tokens."""
     out = {"prompt_input_ids": torch.tensor([PROMPT]), "prompt_attention_mask": torch.ones(1, 1).long()}
