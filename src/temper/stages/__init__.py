@@ -5,6 +5,7 @@ from temper.stages.data import Data
 from temper.stages.evaluate import Evaluate
 from temper.stages.generate import Generate
 from temper.stages.merge import Merge
+from temper.stages.preference import Preference
 from temper.stages.pretrain import Pretrain
 from temper.stages.reward import TrainReward
 from temper.stages.rl import Rl
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluate",
     "Generate",
     "Merge",
+    "Preference",
     "Pretrain",
     "Rl",
     "Sft",
