@@ -91,14 +91,14 @@ def test_one_flipped_bit_in_the_weights(forks: Workshop, smoke_run: Path, tmp_pa
     assert weights(folder)["sft/model/model.safetensors"] == weights(smoke_run)["sft/model/model.safetensors"]
 
 
-@pytest.mark.parametrize("file", ["optimizer.safetensors", "checksums.json"])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "trainable.safetensors", "state.json", "checksums.json"])
 def test_a_damaged_checkpoint_is_gone_behind(
     forks: Workshop, smoke_run: Path, untroubled: Path, tmp_path: Path, file: str
 ) -> None:
     folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN)
     ended = forks.run(folder, die_at="step 7 in sft.partial/metrics.jsonl", **TRAIN)
     assert ended["status"] == -signal.SIGKILL
-    (cut if file.endswith("json") else flip)(folder / "sft.partial" / "checkpoints" / "step-6" / file)
+    (flip if file.startswith("optimizer") else cut)(folder / "sft.partial" / "checkpoints" / "step-6" / file)
     ended = forks.run(folder, **TRAIN)
     assert ended["status"] == 0, ended["traceback"]
     assert any("checkpoint step-6 is damaged" in w for w in read_json(folder / "sft" / "stage.json")["warnings"])
@@ -118,6 +118,26 @@ def test_damaged_best_weights_are_not_kept_as_best(
     assert ended["status"] == 0, ended["traceback"]
     assert any("best weights" in w for w in read_json(folder / "sft" / "stage.json")["warnings"])
     assert weights(folder) == weights(untroubled)
+
+
+def test_where_every_checkpoint_is_torn_the_stage_begins_anew_and_says_what_it_left_out(
+    forks: Workshop, smoke_run: Path, untroubled: Path, tmp_path: Path
+) -> None:
+    folder = copy_stages(smoke_run, tmp_path / "run", *GIVEN)
+    assert forks.run(folder, die_at="step 7 in sft.partial/metrics.jsonl", **TRAIN)["status"] == -signal.SIGKILL
+    root = folder / "sft.partial" / "checkpoints"
+    for found in root.glob("*-*"):
+        cut(found / "trainable.safetensors")
+    (root / ".step-8.tmp").mkdir()  # half of one that was being written
+    ended = forks.run(folder, **TRAIN)
+    assert ended["status"] == 0, ended["traceback"]
+    told = read_json(folder / "sft" / "stage.json")["warnings"]
+    assert [n for n in (4, 6) if any(f"checkpoint step-{n} is damaged" in w for w in told)] == [4, 6]
+    assert "left out: a half-written checkpoint (step-8)" in log_of(folder)
+    assert "goes on from step" not in log_of(folder).rsplit("left out", 1)[1]
+    assert weights(folder) == weights(untroubled)
+    assert lines_of(folder / "sft" / "metrics.jsonl") == lines_of(untroubled / "sft" / "metrics.jsonl")
+    assert lines_of(folder / "sft" / "worst.jsonl") == lines_of(untroubled / "sft" / "worst.jsonl") != []
 
 
 def test_a_damaged_mark_costs_the_work_and_is_told(

@@ -362,6 +362,74 @@ def test_warnings_on_plans_that_are_likely_mistakes(made: Made) -> None:
     assert tripwires.after(schedule="cosine", rates=[1e-3, 9e-4, 5e-4], took=9, planned=9) == []
 
 
+def test_warnings_on_early_ends_and_on_what_can_do_nothing(made: Made) -> None:
+    plan: dict[str, Any] = {"schedule": "cosine", "rates": [1e-4, 2e-4, 5e-4], "took": 3, "planned": 20}
+    (text,) = tripwires.after(**plan, warmup=5, steps_per_epoch=10, peak=1e-3)
+    assert (
+        "after 3 of 20 steps" in text and "middle of the warm-up (5 steps)" in text and "first epoch (10 steps)" in text
+    )
+    (text,) = tripwires.after(**{**plan, "took": 12}, warmup=5, steps_per_epoch=10, peak=1e-3)
+    assert "warm-up" not in text and "epoch" not in text
+    held = examples(3, seed=5)
+    fields = {"max_steps": 6, "patience": 3, "evaluate_every": 2}
+    assert (
+        "patience acts after 3 validations without improvement, and there will be 3"
+        in (made(fields, validation=held).warnings()[0])
+    )
+    assert made({**fields, "evaluate_every": 1, "validation_budget": 1.0}, validation=held).warnings() == []
+    assert "there will be 0" in made({"schedule": "plateau"}).warnings()[0]
+
+
+def test_a_plateau_lowers_the_rate_and_one_that_never_moved_is_told(made: Made) -> None:
+    """Memorising four sequences: validation gets worse at once, and the rate falls after each validation but the best."""
+    fields = {"max_steps": 8, "lr": 2e-2, "evaluate_every": 2, "warmup": 1, "schedule": {"plateau": {"patience": 0}}}
+    loop = overfit(made, fields)
+    loop.run()
+    found, best, rate, expected = lines(loop), math.inf, 1.0, []
+    for line in found:
+        if "lr" in line:
+            expected.append(2e-2 * rate * (0.5 if line["step"] == 1 else 1.0))
+        elif line["validation_loss"] < best * (1 - 1e-4):
+            best = line["validation_loss"]
+        else:
+            rate /= 2
+    assert [line["lr"] for line in found if "lr" in line] == pytest.approx(expected) and rate < 0.5
+    assert loop.job.warnings == []
+    still = overfit(made, {**fields, "schedule": {"plateau": {"patience": 3}}})
+    still.run()
+    assert any("«plateau» never moved the learning rate from 0.02 after warm-up" in w for w in still.job.warnings)
+
+
+def test_the_noise_of_the_gradients_norm(made: Made) -> None:
+    """Up to twenty steps the plain mean and variance of the norms, then weights that fall by 19/20 a step."""
+    loop = made({"max_steps": 26, "batch_size": 2})
+    loop.run()
+    norms = np.array([line["grad_norm"] for line in lines(loop)])
+    for n in (2, 7, 20, 26):
+        first = np.full(min(n, 20), 1 / min(n, 20)) * 0.95 ** max(0, n - 20)
+        weight = np.concatenate([first, 0.05 * 0.95 ** np.arange(n - 20)[::-1]]) if n > 20 else first
+        mean = (weight * norms[:n]).sum()
+        spread = ((weight * (norms[:n] - mean) ** 2).sum()) ** 0.5
+        assert lines(loop)[n - 1]["grad_noise"] == pytest.approx(spread / mean, rel=1e-9)
+
+
+def test_activation_checkpointing_recomputes(made: Made) -> None:
+    """Said to be on, it is: in a step each block runs twice, with the same gradients."""
+    passes, gradients = [], []
+    for on in (False, True):
+        model, calls = build("llama"), [0]
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # before, not after: the second pass ends as soon as all that the backward pass needs is there
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.__setitem__(0, c[0] + 1))
+        loop = made(model=model)
+        loop.gradients(loop.batches.rows(0))
+        passes.append(calls[0])
+        gradients.append([p.grad for p in model.parameters()])
+    assert passes[1] == 2 * passes[0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # Precision
 
 
@@ -457,7 +525,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("fields", [{}, {"optimizer": "sgd"}, {"precision": "fp16"}])
+PLATEAU = {"schedule": {"plateau": {"patience": 0, "threshold": 0.5}}, "evaluate_every": 2}
+
+
+@pytest.mark.parametrize("fields", [{}, {"optimizer": "sgd"}, {"precision": "fp16"}, PLATEAU])
 def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(made: Made, tmp_path: Path, fields: dict[str, Any]) -> None:
     """With dropout, an epoch's end in between and a best checkpoint; the loop is a new one, the weights are fresh."""
 

@@ -56,6 +56,53 @@ def test_warm_up_in_steps_or_as_a_share() -> None:
     assert [optim.warmup_steps(w, 200) for w in (0, 0.03, 0.5, 1, 7, 7.0)] == [0, 6, 100, 1, 7, 7]
 
 
+def test_wsd_by_hand() -> None:
+    """20 steps: 4 of warm-up, stable until 15, then five down to 0.1; and its decay in steps."""
+    rate = optim.rate_of({"wsd": {"decay": 0.25, "floor": 0.1}}, 20, 4)
+    rates = [rate(step, []) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4:16] == [1.0] * 12
+    assert rates[16:] == pytest.approx([0.82, 0.64, 0.46, 0.28])
+    in_steps = optim.rate_of({"wsd": {"decay": 5, "floor": 0.1}}, 20, 4)
+    assert [in_steps(step, []) for step in range(20)] == rates
+    crowded = optim.rate_of({"wsd": {"decay": 0.9}}, 10, 4)  # warm-up and decay overlap: the decay is the shorter
+    assert [crowded(step, []) for step in (3, 4, 7, 9)] == pytest.approx([0.8, 1.0, 0.5, 1 / 6])
+
+
+@given(
+    st.lists(st.floats(0.1, 10), max_size=40),
+    st.sampled_from([0.1, 0.5]),
+    st.integers(0, 4),
+    st.sampled_from([0.0, 1e-4, 0.3]),
+    st.sampled_from([0.0, 0.2]),
+)
+def test_plateau_as_in_torch(losses: list[float], factor: float, patience: int, threshold: float, floor: float) -> None:
+    adam = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        adam, factor=factor, patience=patience, threshold=threshold, min_lr=floor, eps=0
+    )
+    options = {"factor": factor, "patience": patience, "threshold": threshold, "floor": floor}
+    ours = optim.rate_of({"plateau": options}, 100, 0)
+    for k, loss in enumerate(losses, 1):
+        theirs.step(loss)
+        assert ours(50, losses[:k]) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_a_schedule_is_a_name_or_a_name_with_options() -> None:
+    assert (
+        optim.named("cosine")
+        == optim.named({"cosine": {}})
+        == optim.named({"cosine": None})
+        == ("cosine", {"floor": 0.0})
+    )
+    assert optim.rate_of({"linear": {"floor": 0.2}}, 10, 0)(10, []) == pytest.approx(0.2)
+    for wrong, what in [
+        ("cosin", "no schedule «cosin»"), ({"wsd": {"decya": 1}}, "no option «decya»"), ({"wsd": {"decay": 0}}, "does not fit"),
+        ({"plateau": {"factor": 1.5}}, "does not fit"), ({"wsd": {}, "cosine": {}}, "not one schedule"), ({}, "not one schedule"),
+    ]:  # fmt: skip
+        with pytest.raises(RecipeError, match=what):
+            optim.named(wrong)
+
+
 def one(name: str, value: list[float], slopes: list[list[float]], lr: float, decay: float) -> list[list[float]]:
     parameter = torch.nn.Parameter(torch.tensor([value], dtype=torch.float64))
     optimizer = optim.optimizers.get(name)(optim.groups([("w", parameter)], lr, decay))
