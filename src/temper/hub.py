@@ -15,6 +15,7 @@ from temper import address
 from temper.errors import ModelError, nearest
 from temper.runfolder import file_sha256
 
+PARTS = ("model", "adapter")  # of a stage's folder
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -40,8 +41,8 @@ def locate(name: str, folder: Path) -> Source:
     """A model reference that is no stage → Source.
 
     Args:
-        name: a folder (relative to the recipe or to the current folder), a hub id, optionally `id@revision`, or an
-            endpoint, `URL#MODEL`.
+        name: a folder (relative to the recipe or to the current folder), be it a model's, an adapter's or that of a stage
+            that made one; a hub id, optionally `id@revision`; or an endpoint, `URL#MODEL`.
         folder: the recipe's folder.
 
     Raises:
@@ -51,6 +52,7 @@ def locate(name: str, folder: Path) -> Source:
         return Source(str(served))
     for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
         if candidate.is_dir():
+            candidate = of_stage(candidate)
             _check_folder(candidate)
             if not (candidate / "config.json").is_file():
                 return _adapter(candidate.resolve())
@@ -83,6 +85,29 @@ def identity(source: Source) -> str:
         return source.name
     own = _folder_hash(source.name) if source.local else f"{source.name}@{source.revision}"
     return "+".join([own, *(_folder_hash(a) for a in source.adapters)])
+
+
+def of_stage(folder: Path) -> Path:
+    """Of a stage's folder in a run that of its model, `model/` before `adapter/`; any other folder as it is.
+
+    Raises:
+        ModelError: a run's folder, which may hold several, or a stage that made none.
+    """
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return folder
+    if inner := next((folder / part for part in PARTS if (folder / part).is_dir()), None):
+        return inner
+    if (folder / "stage.json").is_file():
+        raise ModelError(f"the stage in {folder} made no model", do="name one that trains, such as runs/NAME/sft")
+    if (folder / "manifest.json").is_file():
+        made = sorted(
+            p.name for p in folder.iterdir() if "@" not in p.name and any((p / part).is_dir() for part in PARTS)
+        )
+        do = (
+            f"name one of its stages: {', '.join(f'{folder.name}/{name}' for name in made)}" if made else "it made none"
+        )
+        raise ModelError(f"{folder} is a whole run, not a model", do=do)
+    return folder
 
 
 def _adapter(folder: Path) -> Source:

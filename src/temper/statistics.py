@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from temper.types import Scores
+from temper.types import Scores, mean_of_rows
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., d] → [...]
 
@@ -158,6 +158,37 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
         floor = max(floor, min(1.0, (len(known) - rank) * value))
         adjusted[i] = floor
     return adjusted
+
+
+def of_kept_rows(
+    rows: np.ndarray, value: float, signature: str, higher: bool | None, tokens: np.ndarray | None = None
+) -> Scores | None:
+    """A metric's scores from what rows.parquet keeps of it: the mean of its rows, or of losses weighed by their tokens.
+
+    Args:
+        rows: the score of each row [N]; nan where it has none.
+        value: what the evaluation says the metric is: whatever gives another value is not what was measured.
+        tokens: of each row [N], where they were kept.
+
+    Returns:
+        None where neither gives that value: a corpus metric, a quantile.
+    """
+    known = ~np.isnan(rows)
+    kind = signature.partition("|")[0]
+    plain = np.stack([np.where(known, rows, 0.0), known.astype(np.float64)], axis=-1)
+    found = Scores(plain, rows, signature, higher)
+    if kind in ("loss", "perplexity") and tokens is not None:
+        with np.errstate(divide="ignore"):
+            nats = np.log(rows) if kind == "perplexity" else rows
+        weighed = np.where(known[:, None], np.stack([nats * tokens, tokens], axis=-1), 0.0)
+        found = Scores(weighed, rows, signature, higher, _exp_of_mean if kind == "perplexity" else mean_of_rows)
+    if not known.any() or not np.isclose(found.value, value, rtol=1e-9, atol=1e-12):
+        return None
+    return found
+
+
+def _exp_of_mean(sums: np.ndarray) -> np.ndarray:
+    return np.exp(mean_of_rows(sums))
 
 
 def _quiet(aggregate: Statistic) -> Statistic:

@@ -120,5 +120,10 @@ class Scores:
         return self.aggregate(self.stats[chosen].sum(-2))
 
     @property
+    def scored(self) -> int:
+        """Rows that have a score."""
+        return int(np.count_nonzero(~np.isnan(self.rows)))
+
+    @property
     def value(self) -> float:
         return float(self.on(np.arange(len(self.rows))))

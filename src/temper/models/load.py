@@ -18,6 +18,7 @@ from temper.hub import Source
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
+PADDED_POSITIONS = 8  # rows that a table of positions may have before the first position (OPT: 2)
 # What damaged, foreign or missing weights raise in the libraries below.
 UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, pickle.UnpicklingError)
 
@@ -141,6 +142,27 @@ def context(hf: PreTrainedModel) -> int | None:
     """The longest sequence the model takes, in tokens; None where nothing limits it."""
     config = hf.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def reach(hf: PreTrainedModel) -> int | None:
+    """The longest sequence for which positions can be computed; None where they can for any length.
+
+    Rotary positions and those of ALiBi are computed as they come, past the context that a model was trained with too. A
+    table of positions (GPT-2, OPT) ends, be it learned or a buffer, and rotary angles that follow the longest sequence of
+    a batch would give a row another score in other company: there the context is all there is.
+    """
+    known = context(hf)
+    if known is None:
+        return None
+    scaling = getattr(hf.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
+    if any(part.get("rope_type") == "dynamic" for part in by_layer):
+        return known
+    tokens = hf.get_input_embeddings()
+    tables = [m.num_embeddings for m in hf.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    buffers = [size for b in hf.buffers() if b.ndim > 1 for size in b.shape]
+    ends = any(known <= size <= known + PADDED_POSITIONS for size in (*tables, *buffers))
+    return known if ends else None
 
 
 def no_dropout(hf: torch.nn.Module) -> None:

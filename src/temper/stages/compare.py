@@ -20,7 +20,7 @@ def values(scores: dict[str, Scores], *, seed: int, resamples: int) -> dict[str,
         bounds = statistics.interval(s, seed=seed, resamples=resamples)
         low, high = bounds if bounds is not None else (None, None)
         out[metric] = {
-            "value": _number(s.value), "low": _number(low), "high": _number(high), "n": len(s.rows),
+            "value": _number(s.value), "low": _number(low), "high": _number(high), "n": s.scored,
             "signature": s.signature, "higher_is_better": s.higher_is_better,
         }  # fmt: skip
     return out
@@ -48,18 +48,22 @@ def comparisons(
     ]  # fmt: skip
 
 
-def check(expect: Sequence[Any], scores: dict[str, dict[str, Scores]]) -> None:
+def check(expect: Sequence[Any], scores: dict[str, dict[str, Scores]], shown: dict[str, str] | None = None) -> None:
     """Stop where a score is outside the bounds that the recipe expects.
+
+    Args:
+        shown: a model's name in the recipe → its name among the scores, where these differ.
 
     Raises:
         DataError: the first that is, or one that was not computed.
     """
     for e in expect:
-        if e.metric not in scores[e.model]:
+        found = scores[(shown or {}).get(e.model, e.model)]
+        if e.metric not in found:
             raise RecipeError(
-                f"expect asks for «{e.metric}», which is not among the scores", do=nearest(e.metric, scores[e.model])
+                f"expect asks for «{e.metric}», which is not among the scores", do=nearest(e.metric, found)
             )
-        value = scores[e.model][e.metric].value
+        value = found[e.metric].value
         low, high = (-np.inf if e.at_least is None else e.at_least), (np.inf if e.at_most is None else e.at_most)
         if not low <= value <= high:
             bound = f"at least {low:g}" if low > -np.inf and not value >= low else f"at most {high:g}"

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 from pydantic import field_validator, model_validator
 
 from temper import address, metrics, statistics
 from temper.data.card import read_rows
-from temper.data.chat import Encoder, is_text
-from temper.data.formats import text_of
 from temper.engine import device as devices
-from temper.errors import DataError, RecipeError, nearest
+from temper.errors import DataError, ModelError, RecipeError, nearest
 from temper.job import Job
-from temper.models import adapters, load
-from temper.models.scores import Policy
+from temper.models import load
 from temper.recipe import ClassifierRef, Config, DataRef, ModelRef, Recipe, RewardRef, Stage, detail, replica, stages
 from temper.rollouts.decoding import Decoding
-from temper.rollouts.sampler import Sampler
-from temper.runfolder import Result, read_sealed, write_json, write_sealed
-from temper.stages import compare, scoring, summary
+from temper.runfolder import write_json
+from temper.stages import compare, duel, elsewhere, scoring, summary
 from temper.stages import judge as judging
-from temper.stages.sft import format_of
-from temper.stages.teacher import Served
-from temper.stages.training import TRAINED_ON, fingerprint, settle
+from temper.stages.answering import Answering
+from temper.stages.training import TRAINED_ON, fingerprint
 from temper.types import Outputs, Record, Scores
 
 
@@ -54,7 +48,7 @@ class Evaluate(Stage):
     """Scores with intervals for every model, and paired comparisons with the first and with the one before."""
 
     kind = "evaluate"
-    version = 3
+    version = 4
     reads_replicas = True
     reads_split = "test"
     asks = ("models",)
@@ -77,6 +71,10 @@ class Evaluate(Stage):
         None, "A reward model that nothing was trained on, to see whether rewards rise by the first one's faults."
     )
     second_reward_label: str | None = detail(None, "As reward_label, of the second reward model.")
+    reference: ModelRef | None = detail(
+        None,
+        "Of preference_accuracy and margin: the model that implicit rewards are measured from; they are then given too.",
+    )
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
     samples: int = detail(
@@ -114,19 +112,29 @@ class Evaluate(Stage):
             self.reward_model,
             self.reward_label,
             asked=metrics.asks_of_reward_model(self.metrics),
-            by="the metric reward",
+            by="the metric reward, or win_rate with judge: reward_model,",
         )
+        if options := metrics.asks_of_judge(self.metrics):
+            duel.check(options, self.models)
+        if self.reference is not None and not metrics.needs_pairs(self.metrics):
+            raise ValueError(
+                f"reference: {self.reference} is named, and neither preference_accuracy nor margin is asked for"
+            )
         if self.reward_model is None and (self.second_reward_model or self.second_reward_label):
             raise ValueError("second_reward_model is named, and no reward_model: there is nothing that it is second to")
         judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
         return self
 
+    @property
+    def _needs_weights(self) -> bool:
+        return any(needs(self.metrics) for needs in (metrics.needs_likelihood, metrics.needs_pairs, metrics.needs_kl))
+
     def check(self, recipe: Recipe) -> None:
         for name in self.models:
             served = address.endpoint((recipe.model or "") if name == "base" else name)
-            if served and (metrics.needs_likelihood(self.metrics) or metrics.needs_kl(self.metrics)):
+            if served and self._needs_weights:
                 raise RecipeError(
-                    f"metrics of likelihood (loss, perplexity, kl) need a model's weights, and {served} gives only text",
+                    f"metrics of likelihood (loss, perplexity, preference_accuracy, margin, kl) need a model's weights, and {served} gives only text",
                     do="leave them out, or evaluate the endpoint in a stage of its own",
                 )
 
@@ -137,24 +145,27 @@ class Evaluate(Stage):
         judge = judging.Judge(job, str(self.classifier), asked["label"], key=key).checked() if asked else None
         rewarders = self._rewarders(job)
         copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
-        outputs: dict[str, Outputs] = {}
-        for name in [*self.models, *copies]:
-            outputs[name] = self._answers(job, name, records, judge, rewarders)
+        answering = Answering(job, self, records, judge, rewarders)
+        outputs = {name: answering.of(name) for name in [*self.models, *copies]}
+        outputs = self._related(job, answering, outputs)
+        shown = elsewhere.labels(job, self.models)
+        outputs = {shown.get(name, name): out for name, out in outputs.items()}
+        models = list(shown.values())
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)
-        self._write_rows(job, outputs, {n: scores[n] for n in self.models})
+        self._write_rows(job, {n: outputs[n] for n in models}, {n: scores[n] for n in models})
         entry = {
             "data": {"name": self._split_name(), "rows": len(records), "sha256": scoring.content(records)},
             "decoding": self.decoding.model_dump(),
             "rows": f"{job.name}/rows.parquet",
-            "models": {n: compare.values(scores[n], seed=job.seed, resamples=self.resamples) for n in self.models},
-            "comparisons": compare.comparisons(self.models, scores, seed=job.seed, resamples=self.resamples),
+            "models": {n: compare.values(scores[n], seed=job.seed, resamples=self.resamples) for n in models},
+            "comparisons": compare.comparisons(models, scores, seed=job.seed, resamples=self.resamples),
             "spread": compare.spread(scores, copies),
         }
         write_json(job.dir / "evaluation.json", entry)
         job.counts = {"examples": len(records)}  # nothing is trained here
         self._say(job, entry)
-        compare.check(self.expect, scores)
+        compare.check(self.expect, scores, shown)
 
     def _rewarders(self, job: Job) -> dict[str, judging.Rewarder]:
         """Reward models by what their rewards are called, opened: what is wrong with one is told before anything is decoded."""
@@ -177,11 +188,13 @@ class Evaluate(Stage):
                 f"{self._split_name()} has no rows", do="give that data stage a larger test (or validation) split"
             )
         records = read_rows(path)[: self.take]
+        if metrics.needs_pairs(self.metrics):
+            scoring.check_preferences(records)
         for name in self.models:
-            stage = self._stage_of(job, name)
+            stage = elsewhere.stage_of(job, name)
             if stage and (stage.path / TRAINED_ON).is_file():
                 seen = set(np.load(stage.path / TRAINED_ON).tolist())
-                known = [r for r in records if fingerprint(r) in seen]
+                known = [r for r in records if fingerprint(scoring.preferred(r)) in seen]
                 if known:
                     job.warn(
                         f"{len(known)} of {len(records)} test rows stand in the training data of {name} (the first: {known[0].where}); "
@@ -189,151 +202,58 @@ class Evaluate(Stage):
                     )
         return records
 
-    def _answers(
-        self,
-        job: Job,
-        name: str,
-        records: list[Record],
-        judge: judging.Judge | None,
-        rewarders: dict[str, judging.Rewarder],
-    ) -> Outputs:
-        """What one model answers, kept on disk until the stage is done: a killed run does not decode again."""
-        kept = job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
-        found = read_sealed(kept)
-        if found is None and kept.is_file():
-            job.warn(f"the answers of {name} that were kept are damaged; it answers again")
-        if found is not None:
-            for warning in found["warnings"]:
-                job.warn(warning)
-            job.facts.update(found["facts"])
-            job.counts.update(found["counts"])
-            return scoring.outputs_of(found["outputs"])
-        served = job.model(name).endpoint
-        out = self._served(job, served, records) if served else self._local(job, name, records)
-        wholes = out.pop("wholes")
-        for key, rewarder in rewarders.items():
-            out[key] = rewarder(wholes).tolist()
-        out["reward_models"] = [rewarder.name for rewarder in rewarders.values()]
-        if texts := out.pop("texts"):
-            out["predictions"] = texts[:: self.samples]
-            if judge is not None:
-                out["toxicity"] = judge(texts).reshape(-1, self.samples).tolist()
-                out["classifier"] = judge.name
-            if (cut := out["ended"].count(False)) > len(records) / 2:
-                job.warn(
-                    f"{cut} of {len(records)} answers of {name} were cut by max_new_tokens "
-                    f"({self.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
-                )
-            for odd in summary.oddities(name, scoring.outputs_of(out)):
-                job.warn(odd)
-        kept.parent.mkdir(exist_ok=True)
-        noted = {"warnings": job.warnings, "facts": job.facts, "counts": job.counts}
-        write_sealed(kept, {"outputs": out, **noted})
-        return scoring.outputs_of(out)
-
-    def _served(self, job: Job, at: address.Address, records: list[Record]) -> dict[str, Any]:
-        """What a model behind an endpoint answers: columns of `Outputs`, and all samples as «texts», row by row."""
-        teacher = Served(job, at, format_of(job, self.data), self.decoding, concurrency=self.concurrency)
-        with job.progress(len(records) * self.samples, f"{at.model} answers") as bar:
-            drawn = [teacher.ask(records, range(len(records)), k, bar) for k in range(self.samples)]
-        prompts = [text_of(teacher.prompt(r)) or "" for r in records]
-        between = "" if teacher.form.chat == "plain" else "\n"  # the plain form has its separator in the prompt
-        return scoring.columns(
-            prompts=prompts,
-            references=[Encoder.reference_text(r.row) for r in records],
-            wholes=[f"{prompt}{between}{a.text}" for prompt, a in zip(prompts, drawn[0], strict=True)],
-            texts=[a.text for group in zip(*drawn, strict=True) for a in group],
-            ended=[a.ended for a in drawn[0]],
-        )
-
-    def _local(self, job: Job, name: str, records: list[Record]) -> dict[str, Any]:
-        """What a model on this machine answers, as `_served`, and how likely it finds the references."""
-        device = devices.setup(job.recipe.device, job.recipe.threads)
-        precision = devices.precision(self.precision, device)
-        dtype = devices.DTYPES[precision] if device.type == "cuda" else torch.float32
-        policy, tokenizer = self._open(job, name, device, dtype)
-        encoder = Encoder(tokenizer, format_of(job, self.data), end_ids=load.end_ids(policy.inner))
-        self._check_form(job, name, encoder, records)
-        encoded = encoder.encode(records)
-        context = load.context(policy.inner) or 10**9
-        out = scoring.columns(
-            prompts=[encoder.prompt_text(r.row) for r in records],
-            references=[encoder.reference_text(r.row) for r in records],
-        )
-        if metrics.needs_text(self.metrics):
-            prompts = encoder.prompts(records)
-            for record, prompt in zip(records, prompts, strict=True):
-                if len(prompt) + self.decoding.max_new_tokens > context:
-                    raise DataError(
-                        f"a prompt of {len(prompt)} tokens and an answer of up to {self.decoding.max_new_tokens} do not fit the context of {name} ({context})",
-                        where=record.where,
-                        do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
+    def _related(self, job: Job, answering: Answering, outputs: dict[str, Outputs]) -> dict[str, Outputs]:
+        """With what follows from several models at once: rows that one cannot score, a reference, wins."""
+        if self.reference is not None:
+            pairs, tokens = answering.preferences_of(self.reference)
+            told = answering.identity(self.reference)
+            for name, out in outputs.items():
+                if not np.array_equal(
+                    np.where(np.isnan(pairs), 0, tokens), np.where(np.isnan(pairs), 0, out.pair_tokens)
+                ):
+                    raise ModelError(
+                        f"{self.reference}, the reference, and {name} have different tokenizers: they count other tokens in the same answers",
+                        do="name a reference with the tokenizer of the models that are evaluated",
                     )
-            with (
-                job.progress(len(prompts) * self.samples, f"{name} answers") as bar,
-                devices.autocast(device, precision),
-            ):
-                sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.batch_size)
-                job.say(f"{name} answers: {sampler.reason}")
-                drawn = sampler.sample(prompts, self.decoding, completions=self.samples, seed=job.seed, progress=bar)
-            ids = [one.ids for group in drawn for one in group]
-            first = [group[0] for group in drawn]
-            out["texts"] = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            out["ended"] = [one.ended for one in first]
-            both = [[*p, *one.ids] for p, one in zip(prompts, first, strict=True)]
-            out["wholes"] = tokenizer.batch_decode(both, skip_special_tokens=True)
-        if metrics.needs_likelihood(self.metrics) or metrics.needs_kl(self.metrics):
-            settle(job, policy, "auto", max(len(e.ids) for e in encoded), device, precision)
-        if metrics.needs_likelihood(self.metrics):
-            out["nll"], out["tokens"] = scoring.likelihood(policy, encoded, precision, context, name, self.micro_tokens)
-        if metrics.needs_kl(self.metrics):
-            out["kl_to"] = self.models[0]
-            other = None if name == self.models[0] else self._open(job, self.models[0], device, dtype)
-            out["kl"] = scoring.divergence(policy, other, tokenizer, prompts, first, precision, self.micro_tokens)
-        return out
-
-    def _open(self, job: Job, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Policy, Any]:
-        """A model and its tokenizer."""
-        source, trust = job.model(name), job.recipe.trust_remote_code
-        hf, notices = adapters.open_model(
-            source, dtype=dtype, attention=self.attention, device=device, trust_remote_code=trust
-        )
-        for notice in notices:
-            job.warn(notice)
-        return Policy(hf), load.tokenizer(source, trust_remote_code=trust)
-
-    def _stage_of(self, job: Job, name: str) -> Result | None:
-        return job.inputs.get((job.recipe.model or "") if name == "base" else name)
-
-    def _check_form(self, job: Job, name: str, encoder: Encoder, records: list[Record]) -> None:
-        """A model asked in another form than it was trained in answers worse, and nothing else shows it."""
-        stage = self._stage_of(job, name)
-        trained = stage.info["facts"].get("written_as") if stage else None
-        if trained and trained != encoder.description and not is_text(records[0].row):
+                outputs[name] = dataclasses.replace(out, reference_pairs=pairs, reference=told)
+        outputs, apart = scoring.set_apart(outputs, answering.reaches)
+        if apart:
+            ends = ", ".join(f"{name} at {reach}" for name, reach in answering.reaches.items())
             job.warn(
-                f"{name} was trained on rows written as «{trained}» and is asked in another form «{encoder.description}»: "
-                f"give {self.data.partition('.')[0]} the same format as its training data"
+                f"{apart} of {len(answering.records)} rows are longer than a model can score (positions end: {ends}); they are left out "
+                "of loss, perplexity and preferences for all models, and nothing is cut"
             )
+            job.facts["rows too long to score"] = apart
+        if options := metrics.asks_of_judge(self.metrics):
+            shown = elsewhere.labels(job, self.models)
+            fight = duel.Duel(job, **options, shown=shown, concurrency=self.concurrency)
+            theirs = outputs[options["against"]]
+            for name, out in outputs.items():
+                wins = fight.wins(name, out, theirs)
+                outputs[name] = dataclasses.replace(out, wins=wins, duel=fight.name(out))
+        return outputs
 
     def _check_units(self, job: Job, outputs: dict[str, Outputs]) -> None:
         """Loss and perplexity count in tokens: two tokenizers are two units."""
-        first = next(iter(outputs.values()))
+        start, first = next(iter(outputs.items()))
         for name, out in outputs.items():
             if out.tokens is not None and first.tokens is not None and not np.array_equal(out.tokens, first.tokens):
                 job.warn(
-                    f"loss and perplexity of {name} and {self.models[0]} count different tokens and cannot be compared: their tokenizers differ"
+                    f"loss and perplexity of {name} and {start} count different tokens and cannot be compared: their tokenizers differ"
                 )
 
     def _write_rows(self, job: Job, outputs: dict[str, Outputs], scores: dict[str, dict[str, Scores]]) -> None:
-        first = outputs[self.models[0]]
+        first = next(iter(outputs.values()))
         table: dict[str, Any] = {
             "id": list(range(len(first.references))),
             "prompt": first.prompts,
             "reference": first.references,
         }
-        for name in self.models:
-            table[f"{name}|prediction"] = outputs[name].predictions
-            table[f"{name}|ended"] = outputs[name].ended
+        for name, out in outputs.items():
+            table[f"{name}|prediction"] = out.predictions
+            table[f"{name}|ended"] = out.ended
+            if out.tokens is not None:
+                table[f"{name}|tokens"] = out.tokens  # what a row's loss weighs: several runs are compared by it
             for metric, s in scores[name].items():
                 table[f"{name}|{metric}"] = np.asarray(s.rows, dtype=np.float64)
         pyarrow.parquet.write_table(pyarrow.table(table), job.dir / "rows.parquet")

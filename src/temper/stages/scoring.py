@@ -1,8 +1,12 @@
-"""Likelihoods of references, and divergences along answers, by the tree pass; what an evaluation keeps of a model."""
+"""Likelihoods of references, preferences, and divergences along answers, by the tree pass; what an evaluation keeps of a
+model."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,30 +18,107 @@ from temper.engine import device as devices
 from temper.errors import DataError, ModelError
 from temper.models.scores import Policy, prove
 from temper.rollouts.decoding import Completion
+from temper.stages.couples import Couple
 from temper.stages.sft import tree_of
 from temper.trees import Row, Tree, group, rows_of
 from temper.types import Outputs, Record
 
 ROW_TOKENS = 256
+# Columns of `Outputs` that are numbers.
+ARRAYS = ("nll", "tokens", "toxicity", "kl", "rewards", "second_rewards", "pairs", "pair_tokens")
 
 
 def likelihood(
-    policy: Policy, encoded: list[Encoded], precision: str, context: int, name: str, micro_tokens: int
-) -> tuple[list[float], list[int]]:
-    """Summed negative log-likelihood of each answer in nats, and its number of tokens.
+    policy: Policy, encoded: Sequence[Encoded], precision: str, reach: int, micro_tokens: int
+) -> dict[str, list[Any]]:
+    """Columns of `Outputs`: summed negative log-likelihoods of answers in nats, and their numbers of tokens.
 
-    Raises:
-        DataError: a row longer than the model's context.
+    Args:
+        reach: the longest sequence that the model can score; a longer row has 0 nats and 0 tokens.
     """
-    for e in encoded:
-        if len(e.ids) > context:
-            raise DataError(
-                f"a row of {len(e.ids)} tokens exceeds the context of {name} ({context})",
-                where=e.where,
-                do="drop: {longer_than: …} in the data stage",
-            )
-    trees = [tree_of(e) for e in encoded]
-    return _sums(policy, trees, lambda row: -policy(row), precision, micro_tokens), [len(t.tgt) for t in trees]
+    fits = [k for k, e in enumerate(encoded) if len(e.ids) <= reach]
+    trees = [tree_of(encoded[k]) for k in fits]
+    nll, tokens = [0.0] * len(encoded), [0] * len(encoded)
+    for k, tree, (value,) in zip(fits, trees, _sums(policy, trees, policy, precision, micro_tokens), strict=True):
+        nll[k], tokens[k] = -value, len(tree.tgt)
+    return {"nll": nll, "tokens": tokens}
+
+
+def preferences(
+    policy: Policy, couples: Sequence[Couple], precision: str, reach: int, micro_tokens: int
+) -> dict[str, list[Any]]:
+    """Columns of `Outputs`: log-probabilities of chosen and rejected answers, and their numbers of tokens; and those that
+    `likelihood` gives, of the chosen ones.
+
+    Args:
+        reach: as in `likelihood`; where either answer's path is longer, the pair has none.
+    """
+    fits = [k for k, couple in enumerate(couples) if couple.length <= reach]
+    trees = [couples[k].tree(k) for k in fits]
+    pairs: list[Any] = [[None, None] for _ in couples]
+    tokens = [[0, 0] for _ in couples]
+    nll = [0.0] * len(couples)
+    for k, tree, sums in zip(fits, trees, _sums(policy, trees, policy, precision, micro_tokens), strict=True):
+        pairs[k], tokens[k], nll[k] = sums, np.bincount(tree.branch, minlength=2).tolist(), -sums[0]
+    return {"pairs": pairs, "pair_tokens": tokens, "nll": nll, "tokens": [chosen for chosen, _ in tokens]}
+
+
+def check_preferences(records: Sequence[Record]) -> None:
+    """Raises DataError where rows have no two answers to prefer one of."""
+    if lacking := next((r for r in records if not {"chosen", "rejected"} <= r.row.keys()), None):
+        raise DataError(
+            f"preference_accuracy and margin compare chosen and rejected; this row has {', '.join(lacking.row)}",
+            where=lacking.where,
+            do="name a data stage of preferences, or leave these metrics out",
+        )
+
+
+def preferred(record: Record) -> Record:
+    """A row of a preference with its chosen answer as the completion; any other row as it is."""
+    row = dict(record.row)
+    if not {"chosen", "rejected"} <= row.keys():
+        return record
+    chosen, rejected, prompt = row.pop("chosen"), row.pop("rejected"), row.get("prompt")
+    if isinstance(chosen, str):
+        return Record({**row, "text": chosen} if prompt is None else {**row, "completion": chosen}, record.where)
+    if prompt is None:  # what both conversations begin with
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+        prompt = [message for message, _ in same]
+    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt:
+        chosen = chosen[len(prompt) :]
+    return Record({**row, "prompt": prompt, "completion": chosen}, record.where)
+
+
+def set_apart(outputs: dict[str, Outputs], reaches: dict[str, int | None]) -> tuple[dict[str, Outputs], int]:
+    """Rows that some model cannot score are scored for none: models are compared on the same rows.
+
+    Args:
+        reaches: model → the longest sequence it can score.
+
+    Returns:
+        The outputs without such scores, and how many rows these are.
+    """
+    scored = [out.tokens > 0 for out in outputs.values() if out.tokens is not None]
+    apart = ~np.logical_and.reduce(scored) if scored and any(reaches.values()) else np.zeros(0, bool)
+    if not apart.any():
+        return outputs, 0
+    if apart.all():
+        raise DataError(
+            "every row is longer than some model can score",
+            do="leave the model with the shortest context out, or drop: {longer_than: …} in the data stage",
+        )
+    return {name: _without(out, apart) for name, out in outputs.items()}, int(apart.sum())
+
+
+def _without(out: Outputs, apart: np.ndarray) -> Outputs:
+    """Likelihoods and preferences of some rows taken out; nothing else of them is."""
+    empty: dict[str, Any] = {"nll": 0.0, "tokens": 0, "pairs": math.nan, "pair_tokens": 0, "reference_pairs": math.nan}
+    columns = {name: getattr(out, name) for name in empty}
+    for name, column in columns.items():
+        if column is not None:
+            columns[name] = column.copy()
+            columns[name][apart] = empty[name]
+    return dataclasses.replace(out, **columns)
 
 
 def divergence(
@@ -69,57 +150,42 @@ def divergence(
         group(p, [a.ids if a.end is None else [*a.ids, a.end]]) for p, a in zip(prompts, answers, strict=True)
     ]  # fmt: skip
     other.eval()
-    return _sums(policy, trees, lambda row: policy.divergence(other, row), precision, micro_tokens)
+    return [
+        value for (value,) in _sums(policy, trees, lambda row: policy.divergence(other, row), precision, micro_tokens)
+    ]
 
 
 def _sums(
     policy: Policy, trees: list[Tree], score: Callable[[Row], torch.Tensor], precision: str, micro_tokens: int
-) -> list[float]:
-    """A score of tokens, summed over each tree of one branch."""
+) -> list[list[float]]:
+    """A score of tokens, summed over each branch of each tree."""
     place = {id(t): k for k, t in enumerate(trees)}
-    out = [0.0] * len(trees)
+    out: list[list[float]] = [[]] * len(trees)
     policy.eval()
     with torch.no_grad(), devices.autocast(policy.device, precision):
-        for row in rows_of(trees, ROW_TOKENS, micro_tokens):
-            sums = torch.zeros(len(row.trees), dtype=torch.float64)
+        for row in rows_of(trees, ROW_TOKENS, micro_tokens) if trees else []:
+            sums = torch.zeros(sum(len(t.tips) for t in row.trees), dtype=torch.float64)
             sums.index_add_(0, row.branch, score(row.to(policy.device)).double().cpu())
-            for tree, value in zip(row.trees, sums.tolist(), strict=True):
-                out[place[id(tree)]] = value
+            for tree, values in zip(row.trees, sums.split([len(t.tips) for t in row.trees]), strict=True):
+                out[place[id(tree)]] = values.tolist()
     return out
 
 
 def outputs_of(raw: dict[str, Any]) -> Outputs:
     """What `columns` made, filled in."""
-    return Outputs(
-        raw["prompts"], raw["predictions"], raw["references"], raw["ended"],
-        None if raw["nll"] is None else np.array(raw["nll"], np.float64),
-        None if raw["tokens"] is None else np.array(raw["tokens"], np.int64),
-        None if raw["toxicity"] is None else np.array(raw["toxicity"], np.float64),
-        None if raw["kl"] is None else np.array(raw["kl"], np.float64),
-        raw["kl_to"],
-        raw["classifier"],
-        *(None if raw[key] is None else np.array(raw[key], np.float64) for key in ("rewards", "second_rewards")),
-        tuple(raw["reward_models"]),
-    )  # fmt: skip
+    kinds = {"tokens": np.int64, "pair_tokens": np.int64}
+    arrays = {
+        name: None if raw[name] is None else np.array(raw[name], kinds.get(name, np.float64)) for name in ARRAYS
+    }  # fmt: skip
+    plain = {name: raw[name] for name in ("prompts", "predictions", "references", "ended", "kl_to", "classifier")}
+    return Outputs(**plain, **arrays, reward_models=tuple(raw["reward_models"]))
 
 
 def columns(prompts: list[str], references: list[str], **more: Any) -> dict[str, Any]:
     """Columns of `Outputs` as JSON holds them, before anything was asked; «texts», all samples row by row; «wholes», each
     prompt and its first answer as one text."""
     n = len(prompts)
-    none = {
-        "nll": None,
-        "tokens": None,
-        "toxicity": None,
-        "classifier": "",
-        "kl": None,
-        "kl_to": "",
-        "rewards": None,
-        "second_rewards": None,
-        "reward_models": [],
-        "texts": [],
-        "wholes": [],
-    }
+    none = dict.fromkeys(ARRAYS) | {"classifier": "", "kl_to": "", "reward_models": [], "texts": [], "wholes": []}
     return {"prompts": prompts, "references": references, "predictions": [""] * n, "ended": [True] * n, **none, **more}
 
 
