@@ -94,17 +94,39 @@ def test_p_of_two_runs_is_scipys(tmp_path: Path) -> None:
 
 
 def test_what_is_no_mean_of_its_rows_is_not_tested(tmp_path: Path) -> None:
-    """Loss is a ratio of sums: rows of 4 and of 40 tokens do not count alike."""
-    tokens = np.where(np.arange(ROWS) % 2, 4, 40)
+    """A median, which happens to be no mean here; and losses of a run that kept no tokens."""
     runs = []
     for name, rows in (("a", GOOD), ("b", BETTER)):
-        value = float((rows * tokens).sum() / tokens.sum())
-        runs.append(a_run(tmp_path / name, {"sft": {"loss": rows, "rougeL": rows}}, values={"loss": value}))
+        scores = {"m": rows, "loss": rows, "rougeL": rows}
+        runs.append(a_run(tmp_path / name, {"sft": scores}, values={"m": float(np.median(rows)) + 0.01}))
     found = compared(*runs)
     assert [c.metric for c in found.evaluation.comparisons] == ["rougeL"]
     assert found.notes == [
-        "Not tested between runs: loss; the value is not the mean of the rows, and rows.parquet keeps no more than these."
+        "Not tested between runs: m; the value is not the mean of the rows, and rows.parquet keeps no more than these.",
+        "Not tested between runs: loss; they count different tokens, or the run kept none.",
     ]
+
+
+def test_losses_weigh_by_their_tokens(tmp_path: Path) -> None:
+    """Rows of 4 and of 40 tokens do not count alike. All 4,096 swaps are tried by hand."""
+    tokens = np.where(np.arange(ROWS) % 2, 4, 40)
+    runs, sums = [], []
+    for name, rows in (("a", GOOD), ("b", BETTER)):
+        loss = float((rows * tokens).sum() / tokens.sum())
+        scores = {"loss": rows, "perplexity": np.exp(rows), "tokens": tokens.astype(float)}
+        sums.append(rows * tokens)
+        run = a_run(tmp_path / name, {"sft": scores}, values={"loss": loss, "perplexity": math.exp(loss)})
+        entry = json.loads((run / "compare" / "evaluation.json").read_text())
+        del entry["models"]["sft"]["tokens"]  # a column, not a metric
+        write(run / "compare" / "evaluation.json", entry)
+        runs.append(run)
+    found = {c.metric: c for c in compared(*runs).evaluation.comparisons}
+    swaps = (np.arange(2**ROWS)[:, None] >> np.arange(ROWS)) & 1
+    a, b = (np.where(swaps, one, other).sum(1) / tokens.sum() for one, other in (sums[::-1], sums))
+    for metric, of in (("loss", lambda v: v), ("perplexity", np.exp)):
+        differences = of(b) - of(a)
+        assert found[metric].difference == pytest.approx(differences[0])
+        assert found[metric].p == pytest.approx(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +148,8 @@ def test_why_two_runs_cannot_be_tested(tmp_path: Path, change: dict[str, Any], r
 def test_rows_that_are_absent_or_of_other_models(tmp_path: Path) -> None:
     a = a_run(tmp_path / "a", {"sft": {"rougeL": GOOD}})
     b = a_run(tmp_path / "b", {"grpo": {"rougeL": BETTER}})
-    assert "no model has the same name" in compared(a, b).notes[0]
+    [only] = compared(a, b).evaluation.comparisons  # what each run leads to
+    assert (only.a, only.b) == ("a/sft", "b/grpo") and only.difference == pytest.approx(np.mean(BETTER - GOOD))
     (b / "compare" / "rows.parquet").unlink()
     assert "kept no rows" in compared(a, b).notes[0]
 
@@ -153,6 +176,18 @@ def test_a_divergence_is_measured_from_a_model(tmp_path: Path) -> None:
     b = a_run(tmp_path / "b", {"base": {"rougeL": BETTER}, "sft": {"kl": BETTER}}, signatures=signatures)
     found = compared(a, b)
     assert [c.metric for c in found.evaluation.comparisons] == ["rougeL"] and "kl; measured from" in found.notes[0]
+
+
+def test_wins_are_over_a_model(tmp_path: Path) -> None:
+    """Over two bases of one name they are two quantities."""
+    signatures = {"win_rate": "win_rate|against:base|by:rm|ties:half"}
+    wins = [np.arange(ROWS) % 2.0, np.ones(ROWS)]
+    a = a_run(tmp_path / "a", {"base": {"rougeL": GOOD}, "sft": {"win_rate": wins[0]}}, signatures=signatures)
+    b = a_run(tmp_path / "b", {"base": {"rougeL": GOOD}, "sft": {"win_rate": wins[1]}}, signatures=signatures)
+    [only] = compared(a, b).evaluation.comparisons
+    assert only.metric == "win_rate" and only.difference == 0.5 and only.p == pytest.approx(2 / 2**6)
+    b = a_run(tmp_path / "b", {"base": {"rougeL": BETTER}, "sft": {"win_rate": wins[1]}}, signatures=signatures)
+    assert [c.metric for c in compared(a, b).evaluation.comparisons] == ["rougeL"]
 
 
 def test_a_maximum_between_runs_has_no_p(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Models of one name in several runs, tested row by row where both runs kept rows of the same data.
 
 A run keeps what each test row scored (rows.parquet), not the statistics behind a corpus metric. So a metric is paired
-where its value is the mean of its rows; of others (loss, perplexity, a quantile) the page says that it cannot be.
+where its value is the mean of its rows, or of losses weighed by their tokens, which are kept; of others (a quantile) the
+page says that it cannot be. Models without a namesake in the other run are paired as what each run leads to: its last.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from temper.types import Scores
 
 Tested = tuple[str, str, str, statistics.Comparison]  # metric, a, b, b against a
 
+MEASURED_FROM = re.compile(r"\|(?:from|against):([^|]+)")  # in the signature of a score that is relative to a model
 RESAMPLES = 10_000  # where the run does not say how many it took
 
 
@@ -62,26 +65,34 @@ def _pair(label_a: str, a: Stage, label_b: str, b: Stage, seed: int) -> tuple[li
     if reason := _unlike(a, b):
         return [], [f"{where} are not tested against each other: {reason}."]
     assert a.rows is not None and b.rows is not None
-    shared = [m for m in a.evaluation.models if m in b.evaluation.models]
-    if not shared:
-        return [], [f"{where} are not tested against each other: no model has the same name in both."]
+    couples = _couples(list(a.evaluation.models), list(b.evaluation.models))
     notes = []
     if _column(a.rows, "prompt") != _column(b.rows, "prompt"):
         notes.append(f"{where} wrote the same rows out in different forms; a difference may come from that.")
     made: list[Tested] = []
     untested: dict[str, dict[str, None]] = {}  # why → which metrics
-    for model in shared:
-        if _same(a.rows, b.rows, model):
-            notes.append(f"{model} answered every row alike, with equal scores, in {where}.")
+    for mine, other in couples:
+        if mine == other and _same(a.rows, b.rows, mine):
+            notes.append(f"{mine} answered every row alike, with equal scores, in {where}.")
             continue
-        ours, theirs = a.evaluation.models[model], b.evaluation.models[model]
+        ours, theirs = a.evaluation.models[mine], b.evaluation.models[other]
         for metric in [m for m in ours if m in theirs]:
-            c = _compare(a, b, model, metric, seed)
+            c = _compare(a, b, (mine, other), metric, seed)
             if isinstance(c, str):
                 untested.setdefault(c, {})[metric] = None
             else:
-                made.append((metric, f"{label_a}/{model}", f"{label_b}/{model}", c))
+                made.append((metric, f"{label_a}/{mine}", f"{label_b}/{other}", c))
     return made, notes + [f"Not tested between runs: {', '.join(metrics)}; {why}." for why, metrics in untested.items()]
+
+
+def _couples(ours: list[str], theirs: list[str]) -> list[tuple[str, str]]:
+    """Models of one name; and of those that only one run has the last of each.
+
+    >>> _couples(["base", "lora", "sft"], ["base", "dpo"])
+    [('base', 'base'), ('sft', 'dpo')]
+    """
+    alone = [m for m in ours if m not in theirs][-1:], [m for m in theirs if m not in ours][-1:]
+    return [(m, m) for m in ours if m in theirs] + list(zip(*alone, strict=False))
 
 
 def _adjusted(made: list[Tested]) -> list[Comparison]:
@@ -112,8 +123,10 @@ def _unlike(a: Stage, b: Stage) -> str:
     return ""
 
 
-def _same(a: pa.Table, b: pa.Table, model: str) -> bool:
+def _same(a: pa.Table | None, b: pa.Table | None, model: str) -> bool:
     """Whether a model gave the very same in both: text, ending and every score that both have."""
+    if a is None or b is None:
+        return False
     columns = [c for c in a.column_names if c.startswith(f"{model}|") and c in b.column_names]
     return bool(columns) and all(_equal(_column(a, c), _column(b, c)) for c in columns)
 
@@ -126,36 +139,42 @@ def _column(rows: pa.Table, name: str) -> list[object]:
     return rows[name].to_pylist() if name in rows.column_names else []
 
 
-def _compare(a: Stage, b: Stage, model: str, metric: str, seed: int) -> statistics.Comparison | str:
+def _compare(a: Stage, b: Stage, models: tuple[str, str], metric: str, seed: int) -> statistics.Comparison | str:
     """b against a, or why that cannot be told."""
     assert a.evaluation and b.evaluation
-    first, second = a.evaluation.models[model][metric], b.evaluation.models[model][metric]
+    mine, other = models
+    first, second = a.evaluation.models[mine][metric], b.evaluation.models[other][metric]
     if first.signature != second.signature:
         return "not measured alike"
-    if first.signature.startswith("kl|") and not _same_start(a, b, first.signature):
+    if (start := MEASURED_FROM.search(first.signature)) and not _same(a.rows, b.rows, start[1]):
         return "measured from a model that is not the same in both"
+    if metric in ("loss", "perplexity") and not _same_tokens(a.rows, b.rows, models):
+        return "they count different tokens, or the run kept none"
     if first.low is None and first.value is not None and second.value is not None:  # resampling says nothing of it
         return statistics.Comparison(second.value - first.value, None, None, None, None, None)
-    ours, theirs = _scores(a.rows, model, metric, first), _scores(b.rows, model, metric, second)
+    ours, theirs = _scores(a.rows, mine, metric, first), _scores(b.rows, other, metric, second)
     if ours is None or theirs is None:
         return "the value is not the mean of the rows, and rows.parquet keeps no more than these"
     resamples = a.info.config.get("resamples") if a.info else None
     return statistics.compare(ours, theirs, seed=seed, resamples=resamples if isinstance(resamples, int) else RESAMPLES)
 
 
-def _same_start(a: Stage, b: Stage, signature: str) -> bool:
-    model = signature.rpartition("from:")[2]
-    return a.rows is not None and b.rows is not None and _same(a.rows, b.rows, model)
+def _same_tokens(a: pa.Table | None, b: pa.Table | None, models: tuple[str, str]) -> bool:
+    """Whether the references are as many tokens to both models, row by row."""
+    if a is None or b is None:
+        return False
+    ours, theirs = (_column(rows, f"{model}|tokens") for rows, model in zip((a, b), models, strict=True))
+    return bool(ours) and ours == theirs
 
 
 def _scores(rows: pa.Table | None, model: str, metric: str, measured: Measured) -> Scores | None:
-    """A metric of one run; None where the mean of its rows is not its value. Rows without a score (nan) do not count."""
-    column = f"{model}|{metric}"
-    if rows is None or column not in rows.column_names or measured.value is None:
+    """A metric of one run; None where its rows do not say what its value is. Rows without a score (nan) do not count."""
+    if rows is None or f"{model}|{metric}" not in rows.column_names or measured.value is None:
         return None
-    values = np.array([math.nan if v is None else v for v in rows[column].to_pylist()], dtype=np.float64)
-    known = ~np.isnan(values)
-    if not known.any() or not math.isclose(values[known].mean(), measured.value, rel_tol=1e-9, abs_tol=1e-12):
-        return None
-    stats = np.stack([np.where(known, values, 0.0), known.astype(np.float64)], axis=-1)
-    return Scores(stats, values, measured.signature, measured.higher_is_better)
+    values = _numbers(rows, f"{model}|{metric}")
+    tokens = _numbers(rows, f"{model}|tokens") if f"{model}|tokens" in rows.column_names else None
+    return statistics.of_kept_rows(values, measured.value, measured.signature, measured.higher_is_better, tokens)
+
+
+def _numbers(rows: pa.Table, column: str) -> np.ndarray:
+    return np.array([math.nan if v is None else v for v in rows[column].to_pylist()], dtype=np.float64)
