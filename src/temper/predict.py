@@ -165,7 +165,8 @@ class Predictor:
         size, rows, before = self.size(name), self.rows(stage.data), self.before(name)
         if rows is None:
             return Cost(basis="nothing: its data are not known")
-        n = stage.epochs * (getattr(stage, "pairs", None) or rows.splits.get("train", 0.0))
+        used = rows.splits.get("train", 0.0) * getattr(stage, "share", 1.0)
+        n = stage.epochs * (getattr(stage, "pairs", None) or used)
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
         elif (
@@ -294,7 +295,7 @@ class Predictor:
         then, prompts = info["config"], stage.batch_size * stage.accumulation
         steps = stage.max_steps
         if steps is None and (rows := self.rows(stage.data)):
-            steps = stage.epochs * rows.splits.get("train", 0.0) / prompts
+            steps = stage.epochs * rows.splits.get("train", 0.0) * stage.share / prompts
         if steps is not None and stage.kind == "warp":  # whose steps are of each policy of each round
             steps *= getattr(stage, "rounds", 1) * getattr(stage, "policies", 1)
         samples = then["batch_size"] * then["accumulation"] * then["completions"] * (info["steps"] or 0)

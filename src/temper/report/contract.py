@@ -185,3 +185,44 @@ class Trials(BaseModel):
     best: int | None = None
     front: list[int] = []
     trials: list[Trial] = []
+
+
+class CurvePoint(BaseModel):
+    """A trial on a line of curve.json, compared with the last point of the line: difference = last − this."""
+
+    x: float
+    trial: int = 0
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+
+
+class CurveLine(BaseModel):
+    """The points for one combination of the other settings, and what they say."""
+
+    others: str = ""
+    higher_is_better: bool | None = None
+    points: list[CurvePoint] = []
+    stops: float | None = None
+    finding: str = ""
+
+
+class LearningCurve(BaseModel):
+    """A score over one varied field."""
+
+    field: str
+    lines: list[CurveLine] = []
+
+
+class Learning(BaseModel):
+    """curve.json of a sweep."""
+
+    measure: str = ""
+    metric: str = ""
+    curves: list[LearningCurve] = []

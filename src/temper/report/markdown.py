@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from temper.report import fronts, phrases, tables
+from temper.report import fronts, learning, phrases, tables
 from temper.report.read import Run
 from temper.report.tables import Cell, Table
 
@@ -38,6 +38,8 @@ def of_run(run: Run) -> str:
         parts.append("No stage of this run evaluated a model.")
     for front in fronts.fronts(run):
         parts += [f"## {escape(front.title)}", table(front.table)]
+    for curve in learning.learning(run):
+        parts += [f"## {escape(curve.stage.name)}: {escape(curve.title)}", _list(curve.findings), table(curve.table)]
     for swept in fronts.sweeps(run):
         parts += [f"## Sweep: {escape(swept.stage.name)}", escape(swept.finding), table(swept.table)]
     for stage in run.stages:

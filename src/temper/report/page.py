@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from temper.report import across, fronts, phrases, tables
+from temper.report import across, fronts, learning, phrases, tables
 from temper.report.contract import Card, Evaluation
 from temper.report.curves import figures
 from temper.report.markdown import of_run, of_runs
@@ -122,6 +122,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         ],
         "shades": legend(),
         "sweeps": fronts.sweeps(run),
+        "learning": learning.learning(run),
         "fronts": fronts.fronts(run),
         "data": [_data(stage) for stage in run.stages if stage.card],
         "cost": tables.cost_table(run),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pydantic
 
 from temper.errors import RunError
-from temper.report.contract import Card, Evaluation, Front, Manifest, ManifestStage, StageInfo, Trials
+from temper.report.contract import Card, Evaluation, Front, Learning, Manifest, ManifestStage, StageInfo, Trials
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 SCHEMA = 1
@@ -36,6 +36,8 @@ class Stage:
     front: Front | None = None
     trials_json: dict[str, Any] | None = None
     front_json: dict[str, Any] | None = None
+    learning: Learning | None = None
+    learning_json: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     worst: list[dict[str, Any]] = field(default_factory=list)  # validation examples with the highest loss
@@ -105,6 +107,7 @@ def results_of(run: Run) -> dict[str, Any]:
     swept = {
         "sweeps": {stage.name: stage.trials_json for stage in run.stages if stage.trials},
         "fronts": {stage.name: stage.front_json for stage in run.stages if stage.front},
+        "curves": {stage.name: stage.learning_json for stage in run.stages if stage.learning},
     }
     kept = ["seconds", "tokens", "peak_memory_bytes", "examples", "trainable_parameters", "bytes_on_disk"]
     return {
@@ -170,11 +173,12 @@ def _stage(run: Path, entry: ManifestStage, problems: list[str]) -> Stage:
     raw = _json(folder / "evaluation.json", problems, entry.name)
     stage.evaluation = _typed(Evaluation, raw, problems, f"{entry.name}/evaluation.json")
     stage.evaluation_json = raw
-    stage.trials_json, stage.front_json = (
-        _json(folder / f, problems, entry.name) for f in ("trials.json", "front.json")
+    stage.trials_json, stage.front_json, stage.learning_json = (
+        _json(folder / f, problems, entry.name) for f in ("trials.json", "front.json", "curve.json")
     )
     stage.trials = _typed(Trials, stage.trials_json, problems, f"{entry.name}/trials.json")
     stage.front = _typed(Front, stage.front_json, problems, f"{entry.name}/front.json")
+    stage.learning = _typed(Learning, stage.learning_json, problems, f"{entry.name}/curve.json")
     stage.metrics = _json_lines(folder / "metrics.jsonl", problems, entry.name)
     stage.samples = _json_lines(folder / "samples.jsonl", problems, entry.name)
     stage.worst = _json_lines(folder / "worst.jsonl", problems, entry.name)

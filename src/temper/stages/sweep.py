@@ -14,7 +14,7 @@ from temper import recipe as recipes
 from temper.errors import RecipeError, nearest
 from temper.job import Job
 from temper.recipe import Recipe, Stage, detail, replica, stages
-from temper.stages import trials
+from temper.stages import learning, trials
 from temper.stages.evaluate import Evaluate
 from temper.stages.space import Choices, Measure, Range, Settings, Space, grid
 from temper.stages.study import Grid, Study
@@ -40,6 +40,11 @@ class Sweep(Stage):
     )
     best: Best | list[Best] | None = detail(
         None, "highest or lowest, one for each measure; null: highest, and lowest for a second measure."
+    )
+    curve: str | list[str] | None = detail(
+        None,
+        "Learning curves: the varied fields that the first measure is drawn over, such as sft.share (of the data) or "
+        "sft.max_steps; a line for each combination of the others, and from where on more shows nothing.",
     )
     search: Literal["grid", "random", "tpe"] = detail(
         "grid", "grid: every combination; random or tpe: so many `trials`, proposed by Optuna (the extra `sweep`)."
@@ -71,6 +76,10 @@ class Sweep(Stage):
         return self.best if isinstance(self.best, list) else [self.best]
 
     @property
+    def curves(self) -> list[str]:
+        return [self.curve] if isinstance(self.curve, str) else self.curve or []
+
+    @property
     def measured(self) -> list[str]:
         """The evaluations that are asked for."""
         return list(dict.fromkeys(m.stage for m in self.measures))
@@ -90,6 +99,7 @@ class Sweep(Stage):
             )  # fmt: skip
         if empty := [field for field, values in self.space.items() if values == []]:
             raise RecipeError(f"vary gives no value for {empty[0]}", where=f"vary.{empty[0]}", do="give at least one")
+        learning.check(self.curves, self.space, self.search)
         if not 1 <= len(self.measures) <= 2 or len(set(self.measures)) != len(self.measures):
             raise RecipeError("a sweep has one measure or two different ones", where="measure", do="name one or two")
         if len(self.directions) != len(self.measures):

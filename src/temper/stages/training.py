@@ -46,19 +46,34 @@ class TrainingStage(Stage, Training):
         "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.",
         pattern="^(auto|tree|padded)$",
     )
+    share: float = detail(
+        1.0,
+        "Share of the training rows that is used, drawn by the recipe's seed; a smaller one is part of a larger one. For learning curves.",
+        gt=0,
+        le=1,
+    )
     seeds: int = detail(
         1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False
     )
 
 
 def read_split(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
-    """Rows of one split of a data stage; none are an error unless `optional`."""
+    """Rows of one split of a data stage, of train the share that the stage asks for; none are an error unless `optional`."""
     path = job.rows(ref, split)
     if path is None and not optional:
         raise DataError(
             f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
         )
-    return read_rows(path) if path is not None else []
+    records = read_rows(path) if path is not None else []
+    return shared(records, getattr(job.stage, "share", 1.0), job.recipe.seed) if split == "train" else records
+
+
+def shared(records: list[Record], share: float, seed: int) -> list[Record]:
+    """A share of rows, at least one, in their order. The rows of a smaller share are among those of a larger one."""
+    if share == 1 or not records:
+        return records
+    drawn = np.random.default_rng([seed, len(records)]).permutation(len(records))
+    return [records[k] for k in sorted(drawn[: max(1, round(share * len(records)))])]
 
 
 def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, Any, hub.Source, str]:

@@ -23,6 +23,7 @@ from temper.job import Job
 from temper.pipeline import Choice
 from temper.recipe import Recipe
 from temper.runfolder import RunFolder, read_json, read_sealed, write_json, write_sealed
+from temper.stages import learning
 from temper.stages.space import Measure, Settings
 from temper.stages.study import DONE, FAILED, Grid, Study
 from temper.stages.training import TRAINED_ON
@@ -66,6 +67,11 @@ def run(job: Job, sweep: Sweep, search: Grid | Study) -> None:
     write_json(job.dir / "trials.json", found)
     if len(sweep.measures) == 2:
         write_json(job.dir / "front.json", front(sweep, found))
+    if sweep.curves:
+        drawn = _curves(job, sweep, found["trials"])
+        write_json(job.dir / "curve.json", drawn)
+        for line in (line for curve in drawn["curves"] for line in curve["lines"]):
+            job.say(line["finding"])
     job.peak_device_memory = max(_infos(folder, sweep, job.recipe, "peak_memory_bytes"), default=None)
     _prune(job, sweep, folder)
     _give(job, sweep, folder)
@@ -126,6 +132,16 @@ def front(sweep: Sweep, found: dict[str, Any]) -> dict[str, Any]:
         if t["state"] == DONE
     ]
     return {"x": x.metric, "y": y.metric, "points": points}
+
+
+def _curves(job: Job, sweep: Sweep, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """curve.json, of the trials that are done. One that an earlier sweep ran has its rows in that one's folder."""
+    done, folders, stage = [t for t in trials if t["state"] == DONE], dict[int, Path](), sweep.measures[0].stage
+    for trial in done:
+        name = Path(trial["folder"]).name
+        places = [folder / stage for folder in _same(job, name) if (folder / stage / "rows.parquet").is_file()]
+        folders[trial["number"]] = places[0]
+    return learning.curves(sweep.curves, sweep.measures[0], done, folders, seed=job.seed)
 
 
 def _trial(job: Job, sweep: Sweep, number: int, settings: Settings) -> dict[str, Any]:
