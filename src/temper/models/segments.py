@@ -174,9 +174,9 @@ AttentionInterface.register("sdpa", _attend)
 
 @contextlib.contextmanager
 def read_at(backbone: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[None]:
-    """Compute the last layer's feed-forward part only where the output is read.
+    """Compute the last layer's queries, output of attention and feed-forward part only where the output is read.
 
-    What a token's output of the last layer is matters to nobody else. Of a pair of texts two tokens are read by a
+    They matter to nobody but the token itself. Of a pair of texts two tokens are read by a
     reward model's head, of a prompt with answers those of the answers. Mixtures of experts are left alone: their router
     may look at all tokens. So are models that compute activations again in the backward pass, when this is over.
 
@@ -207,12 +207,13 @@ def read_at(backbone: nn.Module, places: torch.Tensor, tokens: int) -> Iterator[
 
 
 def _at_the_end(backbone: nn.Module) -> list[nn.Module]:
-    """What a decoder's last layer does to each token by itself: its feed-forward part and what attention ends with."""
+    """What a decoder's last layer does to each token for itself alone: all but keys and values, and attention."""
     layers = next((m for n in ("layers", "h") if isinstance(m := getattr(backbone, n, None), nn.ModuleList)), None)
     if not layers or getattr(backbone, "gradient_checkpointing", False):
         return []
     last = layers[-1]
-    parts = [getattr(last, "mlp", None), getattr(getattr(last, "self_attn", None), "o_proj", None)]
+    own = getattr(last, "self_attn", None)
+    parts = [getattr(last, "mlp", None), getattr(own, "q_proj", None), getattr(own, "o_proj", None)]
     found = [p for p in parts if isinstance(p, nn.Module)]
     experts = any("expert" in n or "router" in n for p in found for n, _ in p.named_modules())
     return [] if experts else found
