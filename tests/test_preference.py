@@ -427,7 +427,7 @@ def test_7_an_adapter_that_already_does_something_stops_the_run(
 
 def test_7_dropout_that_was_left_on_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 has 0.1 by default. Off it is ln 2; left on by mistake the run stops; asked for it is told."""
-    on = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    on: dict[str, Any] = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     model = model_at(tmp_path / "model", "gpt2", **on)
     off = run(tmp_path / "off", model, pairs(), max_steps=1)
     assert next(x["loss"] for x in lines_of(off / "metrics.jsonl") if "loss" in x) == pytest.approx(

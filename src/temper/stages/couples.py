@@ -96,7 +96,7 @@ def paired(records: Sequence[Record], encoder: Encoder) -> list[Couple]:
     coded = encoder.encode([Record(row, where) for row, where in zip(rows, wheres, strict=True)])
     asked = _asked([prompt for prompt, *_ in parts], records, encoder)
     couples = [
-        Couple(*(_after(e, begin, other) for e, other in ((one, two), (two, one))))
+        Couple(_after(one, begin, two), _after(two, begin, one))
         for one, two, begin in zip(coded[::2], coded[1::2], asked, strict=True)
     ]
     alike = (c.first.ids == c.second.ids for c in couples)
