@@ -147,7 +147,7 @@ def test_set_reaches_the_top_level(small: Path) -> None:
         ("contains: [a, b], longer_than", "contains: [a, b], longer_then", 9, "longer_then", "longer_than"),
         ("model: org/model", "modle: org/model", 2, "«modle»", "model"),
         ("stage: sft", "stage: stf", 11, "«stf»", "sft"),
-        ("    drop: {", "    too_long: cut\n    drop: {", 9, "«rows.too_long»", "is a key of stages of kind sft"),
+        ("    drop: {", "    too_long: cut\n    drop: {", 9, "«rows.too_long»", "is a key of stages of kind preference, sft"),
         ("lr: 1e-4", "models: [base]", 13, "«tuned.models»", "of kind evaluate, merge; here did you mean «model»?"),
         ("    data: rows\n", "    data: row\n", 12, "«row»", "rows"),
         ("lr: 1e-4", "lr: quick", 13, "tuned.lr = 'quick' does not fit", "it takes: number, > 0;"),
