@@ -13,13 +13,24 @@ import pytest
 from rouge_score import rouge_scorer
 
 from temper.data import mini
-from temper.data.mini import corpus, grammar, insults, review_frames, review_frames_b, review_words, reviews
+from temper.data.mini import (
+    advice,
+    advice_words,
+    corpus,
+    grammar,
+    insults,
+    review_frames,
+    review_frames_b,
+    review_words,
+    reviews,
+)
 from temper.data.mini.draw import Draw, Num, euphony, plural
 from temper.errors import DataError
 
 WORD = re.compile(r"[\w’]+")
 NEWS_SETS = ["uk-news", "uk-toxic-news", "uk-news-dirty"]
 REVIEW_SETS = ["en-reviews", "en-reviews-b"]
+ADVICE_SETS = ["en-advice", "en-advice-corpus"]
 UKRAINIAN = [name for name in mini.NAMES if name.startswith("uk-")]
 ROWS = 1500
 
@@ -33,6 +44,8 @@ PINNED = {
     "uk-rude-words": "7da88179245f47f1",
     "en-reviews": "2010b14c815470a8",
     "en-reviews-b": "fd56dce5f0a45d94",
+    "en-advice": "35346fdf7cac45d7",
+    "en-advice-corpus": "d75a0ba46c8a71a8",
 }
 
 
@@ -319,6 +332,58 @@ def test_a_review_denies_and_grants_as_often_as_stated():
     grants = re.compile(r"^although |^while |, but |, even if ")
     granted = sum(bool(grants.search(a._remark(players, 0, draw))) for _ in range(4000)) / 4000
     assert abs(granted - reviews.MIXED) < 4 * (reviews.MIXED * (1 - reviews.MIXED) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("name", ADVICE_SETS)
+def test_advice_is_plain_english_with_no_template_left(sets, name):
+    for text in (text for row in sets[name] for text in row.values()):
+        assert re.fullmatch(r"[A-Za-z ,.:;?!\n]+", text), text
+        assert not re.search(r"  | [.,:;?!]|[.,:;?!]{2}|\b(\w+) \1\b|\b[Aa] [aeiou]|\ban [^aeiouh]", text), text
+        for said in re.split(r"(?<=[.?!]) |\n", text):
+            assert said[0].isupper() and said[-1] in ".?!", text
+
+
+def test_a_good_answer_is_courteous_and_to_the_point_and_a_worse_one_is_not(sets):
+    sorts = Counter[str]()
+    for row in sets["en-advice"]:
+        asked = re.fullmatch(r"(\w+) asks how to (\w+) (?:an? )?(\w+) (.+?) with (.+)\.", row["prompt"])
+        assert asked, row
+        name, _, kind, thing, means = asked.groups()
+        assert all(part in row["chosen"] for part in (name, f"{kind} {thing}", means)), row
+        other_means = not re.search(rf"\b{means}\b", row["rejected"])
+        if name not in row["rejected"]:
+            short = len(row["rejected"]) < len(row["chosen"])
+            rude = words_of(row["rejected"])[0] in {words_of(frame)[0] for frame in advice_words.RUDE}
+            assert short or rude, row
+            sorts["rude" if rude else "curt"] += 1
+        else:
+            assert f"{kind} {thing}" not in row["rejected"] or other_means, row
+            sorts["wrong"] += 1
+    shares = {"curt": advice.CURT_SHARE, "rude": advice.RUDE_SHARE, "wrong": 1 - advice.CURT_SHARE - advice.RUDE_SHARE}
+    for sort, share in shares.items():
+        assert abs(sorts[sort] / ROWS - share) < 4 * (share * (1 - share) / ROWS) ** 0.5  # four standard errors
+
+
+def test_demonstrations_of_advice_are_as_often_worse_as_stated(sets):
+    for row in sets["en-advice"]:
+        assert row["completion"] in (row["chosen"], row["rejected"]) and row["chosen"] != row["rejected"]
+        assert row["text"] == f"{row['prompt']}\nAdvice: {row['completion']}"
+    worse = sum(row["completion"] == row["rejected"] for row in sets["en-advice"]) / ROWS
+    assert abs(worse - advice.WORSE_SHARE) < 4 * (0.25 / ROWS) ** 0.5
+    asked = sum("\nAdvice: " in row["text"] for row in sets["en-advice-corpus"]) / ROWS
+    assert abs(asked - advice.ASKED_SHARE) < 4 * (advice.ASKED_SHARE * (1 - advice.ASKED_SHARE) / ROWS) ** 0.5
+
+
+def test_who_asks_about_what_is_of_one_split():
+    def asked(split: str | None, seed: int) -> set[tuple[str, ...]]:
+        prompts = [row["prompt"] for row in mini.load("en-advice", split=split, rows=1500, seed=seed)]
+        found = [re.match(r"(\w+) asks how to (\w+) (?:an? )?\w+ (.+) with ", prompt) for prompt in prompts]
+        return {match.groups() for match in found if match}
+
+    test = asked("test", 0)
+    assert len(test) > 200
+    for split, seed in itertools.product([None, "train", "validation"], [0, 7]):
+        assert not test & asked(split, seed)
 
 
 def test_a_grammar_by_hand():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from temper.data.mini import corpus, insults, reviews
+from temper.data.mini import advice, corpus, insults, reviews
 from temper.data.mini.article import article, clean, plain
 from temper.data.mini.corpus import PROMPT, RUDE_PROMPT
 from temper.data.mini.draw import Draw
@@ -28,6 +28,9 @@ NAMES: dict[str, str] = {
     "en-reviews": "English film reviews: text, label (positive, negative), title, and the text cut behind its first "
     "words, which say nothing of the label: opening, rest",
     "en-reviews-b": "the same in other turns of phrase and partly other words, for a second judge",
+    "en-advice": "questions of how to do something by hand: prompt, chosen, rejected, completion (one of the two, half of "
+    "them the worse one), and the prompt with the completion: text",
+    "en-advice-corpus": "what a base model has read before such questions: diaries, lists, letters, few questions: text",
 }
 
 ROWS = {None: 12_000, "train": 12_000, "validation": 500, "test": 500}  # where `rows` is not given
@@ -69,6 +72,8 @@ _MAKERS: dict[str, Callable[[Draw, str | None], Row]] = {
     "uk-rude-words": lambda draw, split: dict(corpus.rude_word(draw, split)),
     "en-reviews": lambda draw, split: dict(reviews.REVIEWER_A.review(draw, split)),
     "en-reviews-b": lambda draw, split: dict(reviews.REVIEWER_B.review(draw, split)),
+    "en-advice": lambda draw, split: dict(advice.advice(draw, split)),
+    "en-advice-corpus": lambda draw, split: dict(advice.base_document(draw, split)),
 }
 
 
