@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.claims
 
-MINUTES = {"detox-summarization": 5, "review-sentiment": 6}
+MINUTES = {"detox-summarization": 5, "review-sentiment": 6, "preference": 5}
 
 
 def temper(*words: str, cwd: Path) -> tuple[str, float]:
@@ -91,3 +91,27 @@ def test_review_sentiment(folder: Path) -> None:
     print(f"reward model {right}\nfront {[(p['label'], p['x']['value'], p['y']['value']) for p in points]}")
     assert right["low"] > 0.8
     assert points[-1]["y"]["low"] > points[0]["y"]["high"] and points[-1]["x"]["low"] > 0
+
+
+def test_preference(folder: Path) -> None:
+    """Each rung above the one before on its own measure: loss for lora, then for sft, accuracy of preferences for dpo."""
+    results = run_twice("preference", folder)
+    found = comparisons(results)
+    rungs = {
+        "lora": found["loss", "base", "lora"],
+        "sft": found["loss", "lora", "sft"],
+        "dpo": found["preference_accuracy", "sft", "dpo"],
+        "margin": found["margin", "sft", "dpo"],
+    }
+    for name, rung in rungs.items():
+        print(f"{name}: {rung}")
+        assert rung["p_adjusted"] < 0.05
+    assert rungs["lora"]["high"] < 0 > rungs["sft"]["high"]
+    assert rungs["dpo"]["low"] > 0 < rungs["margin"]["low"]
+    compared = results["evaluations"]["compare"]
+    assert list(compared["models"]) == ["base", "lora", "sft", "dpo"]
+    assert {scores["loss"]["n"] for scores in compared["models"].values()} == {compared["data"]["rows"]}, (
+        "rows left out"
+    )
+    for name, scores in compared["models"].items():
+        print(name, {metric: scores[metric]["value"] for metric in ("loss", "preference_accuracy", "margin", "rougeL")})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,25 @@ def test_every_profile_has_the_stages_that_others_read(name: str) -> None:
     assert {"mini", "smoke"} <= set(profiles)
     assert stages[profiles.index("mini")] == stages[profiles.index("smoke")]
     assert set(stages[0]) <= set(stages[profiles.index("mini")]), "a profile leaves out what the recipe is about"
+
+
+def test_preference(tmp_path: Path) -> None:
+    """The ladder stands on one set of rows, and each rung was trained as its story says."""
+    run = temper.run("preference", {"threads": 1}, profile="smoke", out=tmp_path / "run", quiet=True)
+    results = json.loads((run / "report/results.json").read_text())
+    compared = results["evaluations"]["compare"]
+    assert list(compared["models"]) == ["base", "lora", "sft", "dpo"]
+    for scores in compared["models"].values():
+        assert {"loss", "perplexity", "preference_accuracy", "margin", "implicit_margin"} <= set(scores)
+    assert compared["models"]["sft"]["implicit_margin"]["value"] == 0, "it is the reference itself"
+    assert compared["models"]["dpo"]["implicit_margin"]["value"] != 0
+    assert {("base", "lora"), ("lora", "sft"), ("sft", "dpo")} <= {(c["a"], c["b"]) for c in compared["comparisons"]}
+    first = json.loads((run / "dpo/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    shown = (run / "pipeline.log").read_text()
+    lora, sft = (shown.split(f"── {name} (sft)")[1].split("── ")[0] for name in ("lora", "sft"))
+    assert re.search(r"⟦[^⟧]* asks how to [^⟧]*Advice:", lora), "raw text is trained whole"
+    assert re.search(r"asks how to [^⟦]*Advice:⟦", sft), "the prompt is masked"
 
 
 @pytest.fixture(scope="session")
