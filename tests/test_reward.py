@@ -364,6 +364,17 @@ def test_pairs_whose_texts_are_equal_are_named() -> None:
         pairs.read(rows, Format(), words(), None)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), None, "big"])
+def test_a_margin_that_is_no_number_is_told_with_its_row(odd: Any) -> None:
+    def read(*margins: Any) -> pairs.Texts:
+        rows = [Record({"chosen": "a", "rejected": f"b {k}", "margin": m}, f"r:{k}") for k, m in enumerate(margins)]
+        return pairs.read(rows, Format(), words(), None)
+
+    with pytest.raises(DataError, match=r"«margin» is no number in 1 of 3 pairs[\s\S]*r:1"):
+        read(1, odd, 0.5)
+    assert read(1, 0, 0.5).margins == [1, 0, 0.5] and read(None, None).margins is None
+
+
 def test_long_texts_are_dropped_and_counted_or_cut_where_asked() -> None:
     texts = pairs.Texts(["a"] * 4, ["w"] * 4, np.array([True, False] * 2), False, [0.5, 1.5])
     ids = [[1, 2, 3], [4], [5, 6], [7]]

@@ -192,6 +192,18 @@ async def slow(completions, **kwargs):
 
 def same(completions, **kwargs):
     return [0.5] * len(completions)
+
+def words(completions, **kwargs):
+    return ["good"] * len(completions)
+
+def nested(completions, **kwargs):
+    return [[1.0]] * len(completions)
+
+def silent(completions, **kwargs):
+    return [None] * len(completions)
+
+def late(completions, **kwargs):
+    return [0.0 if k < 4 else float(k) for k in range(len(completions))]
 """
 
 
@@ -221,6 +233,8 @@ def test_rewards_are_composed_and_kept_apart(tmp_path: Path) -> None:
         ("mine:short", "gave 1 values for 3 completions", "rows.jsonl:1"),
         ("mine:broken", "ZeroDivisionError", "rows.jsonl:"),
         ("mine:nothing", "gave nan", "rows.jsonl:1"),
+        ("mine:words", "gave good", "rows.jsonl:1"),
+        ("mine:nested", "gave [1.0]", "rows.jsonl:1"),
     ],
 )
 def test_a_reward_that_fails_is_told_with_its_row(tmp_path: Path, name: str, what: str, where: str) -> None:
@@ -304,6 +318,29 @@ def test_rewards_that_are_all_equal_stop_the_run(smoke_run: Path, tmp_path: Path
     with pytest.raises(TrainingError, match="same reward") as error:
         run(tmp_path / "run", smoke_run, reward=[{"regex": {"pattern": "никогда-такого"}}])
     assert "samples.jsonl" in error.value.do
+
+
+def test_rewards_that_are_all_silent_stop_the_run(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "silent_rewards.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TrainingError, match="no completion had a reward") as error:
+        run(tmp_path / "run", smoke_run, reward=["silent_rewards:silent"])
+    assert "None" in error.value.do
+
+
+def test_a_first_batch_without_any_advantage_does_not_stop_the_run(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first step whose gradient is zero is taken for a model in which nothing is trained. Here the first prompt of
+    every rollout teaches nothing: of the first rollout the other one goes before."""
+    (tmp_path / "late_rewards.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    stage = run(
+        tmp_path / "run", smoke_run, reward=["late_rewards:late"], batch_size=1, iterations=1, max_steps=4, kl={"beta": 0}
+    )  # fmt: skip
+    assert [x["grad_norm"] > 0 for x in metrics(stage)[1]] == [True, False, False, True]
 
 
 def test_a_prompt_without_room_for_an_answer_is_told(smoke_run: Path, tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_14_completions_all_cut_and_rewards_all_equal_are_told(smoke_run: Path, 
     assert "cut by max_new_tokens" in (stage / "stage.json").read_text(encoding="utf-8")
     with pytest.raises(TrainingError, match="every advantage is 0"):
         run(tmp_path / "equal", smoke_run, reward=[{"regex": {"pattern": "ніколи такого"}}])
+    with pytest.raises(TrainingError, match=r"max_new_tokens \(2\) cut all completions, and mask_cut trains on none"):
+        run(tmp_path / "masked", smoke_run, algorithm="dapo", decoding={"max_new_tokens": 2, "temperature": 1.0})
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.7])

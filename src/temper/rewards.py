@@ -288,15 +288,23 @@ def _values(part: Part, given: Given) -> np.ndarray:
             where=f"the first row of the batch: {given.rows[0].where}",
             do="return one number (or None) for each completion, in their order",
         )
-    out = np.array([np.nan if v is None else float(v) for v in found])
-    bad = [k for k, v in enumerate(found) if v is not None and not np.isfinite(float(v))]
+    out = np.array([_number(v) for v in found])
+    bad = [k for k, v in enumerate(found) if v is not None and not np.isfinite(out[k])]
     if bad:
         raise DataError(
-            f"the reward «{part.name}» gave {found[bad[0]]} for «{given.completions[bad[0]][:80]}»",
+            f"the reward «{part.name}» gave {str(found[bad[0]])[:80]} for «{given.completions[bad[0]][:80]}»",
             where=given.rows[bad[0]].where,
             do="return a finite number, or None where there is none",
         )
     return out
+
+
+def _number(value: Any) -> float:
+    """A reward as a float; nan for None, and for what is no number."""
+    try:
+        return np.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def _culprit(part: Part, given: Given, error: Exception) -> tuple[str, Exception]:

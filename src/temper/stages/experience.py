@@ -74,7 +74,11 @@ class Experience:
     def rows(self, step: int) -> list[Row]:
         number, within = divmod(step, self.cycle)
         if self.current is None or self.current[0] != number:
-            self.current = (number, self._trees(self._collect(number, first=within == 0)))
+            batches = self._trees(self._collect(number, first=within == 0))
+            if number == 0:  # a first step without a gradient would stop the run: a batch that teaches goes before
+                first = next((k for k, batch in enumerate(batches) if _teaches(batch)), 0)
+                batches.insert(0, batches.pop(first))
+            self.current = (number, batches)
             self._forget(number)
         trees = self.current[1][within % self.plan.steps]
         parts = [part for tree in trees for part in split(tree, self.plan.micro_tokens)]
@@ -283,3 +287,8 @@ class Experience:
         for file in self.folder.glob("*.rollout"):
             if int(file.stem) < oldest:
                 file.unlink()
+
+
+def _teaches(batch: list[Tree]) -> bool:
+    """Whether any token of a batch has an advantage; where all completions of each prompt were worth the same, none has."""
+    return any(tree.extra["advantage"].any() for tree in batch)

@@ -52,7 +52,7 @@ def front(
             write_sealed(kept, found)
         point = {axis: _mean(np.array(found[name]), job.seed) for axis, name in (("x", "kl"), ("y", "reward"))}
         points.append({"label": f"η = {eta:g}", "setting": {"liti": eta}, **point})
-        job.say(f"η = {eta:g}: reward {point['y']['value']:.3f}, KL to the start {point['x']['value']:.3f} nats")
+        job.say(f"η = {eta:g}: reward {point['y']['value']:.3f}, KL to the start {point['x']['value']:.3g} nats")
     return {"x": "kl", "y": "reward_mean", "points": points}
 
 

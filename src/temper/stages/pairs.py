@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def read(records: Sequence[Record], form: Format, tokenizer: Any, positive: str 
         positive: the label that is preferred; for rows with labels.
 
     Raises:
-        DataError: missing columns, an unknown label, one class only, pairs whose texts are equal.
+        DataError: missing columns, an unknown label, one class only, pairs whose texts are equal, a margin
+            that is no number.
     """
     columns = records[0].row
     if "chosen" in columns and "rejected" in columns:
@@ -77,11 +79,27 @@ def _of_columns(records: Sequence[Record], form: Format, tokenizer: Any) -> Text
             where=_some(equal),
             do="drop such rows from the source",
         )
+    wheres = [r.where for r in records for _ in range(2)]
+    return Texts(texts, wheres, np.tile([True, False], len(records)), False, _margins(records))
+
+
+def _margins(records: Sequence[Record]) -> list[float] | None:
+    """By how much each chosen text is to be ahead; None where no row says."""
     given = [r.row.get("margin") for r in records]
-    margins = None if None in given else [float(m) for m in given if m is not None]
-    return Texts(
-        texts, [r.where for r in records for _ in range(2)], np.tile([True, False], len(records)), False, margins
-    )
+    if all(m is None for m in given):
+        return None
+    bad = [r.where for r, m in zip(records, given, strict=True) if not _finite(m)]
+    if bad:
+        raise DataError(
+            f"the column «margin» is no number in {len(bad)} of {len(records)} pairs",
+            where=_some(bad),
+            do="give every pair a number (0: only the order counts), or leave margin out of keep",
+        )
+    return [float(m) for m in given]  # type: ignore[arg-type]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def whole(record: Record, column: str, form: Format, tokenizer: Any) -> str:

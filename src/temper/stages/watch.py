@@ -63,20 +63,21 @@ class Watch:
             TrainingError: nothing to learn in the first rollout, or in many in a row.
         """
         groups = self._groups(r)
-        if all(not c.ended for c in r.done):
+        limit, cut = self.plan.decoding.max_new_tokens, all(not c.ended for c in r.done)
+        if cut:
             self.job.warn(
-                f"there are rollouts all of whose completions were cut by max_new_tokens ({self.plan.decoding.max_new_tokens}): "
-                "rewards judge half sentences, and the policy never learns to stop"
+                f"there are rollouts all of whose completions were cut by max_new_tokens ({limit}): "
+                + ("mask_cut trains on none of them" if self.plan.mask_cut else "rewards judge half sentences")
+                + ", and the policy never learns to stop"
             )
         # one completion, compared with earlier ones, says something by itself
-        self.barren = self.barren + 1 if groups.size > 1 and without_variance(groups).all() else 0
+        same = groups.size > 1 and bool(without_variance(groups).all())
+        masked = cut and self.plan.mask_cut
+        self.barren = self.barren + 1 if same or masked else 0
         if self.barren and (number == 0 or self.barren >= PATIENCE):
-            raise TrainingError(
-                f"in {'the first rollout' if number == 0 else f'{self.barren} rollouts in a row'} all completions of every "
-                f"prompt had the same reward ({mean(r.total)}): every advantage is 0, and nothing would be learnt",
-                where="«" + r.texts[0][:120] + "»",
-                do="look at samples.jsonl; a reward that tells answers apart, a higher temperature, more completions",
-            )
+            which = "the first rollout" if number == 0 else f"{self.barren} rollouts in a row"
+            why, do = _barren(r, limit if masked else None)
+            raise TrainingError(f"in {which} {why}: nothing would be learnt", where="«" + r.texts[0][:120] + "»", do=do)
 
     def _groups(self, r: Rollout) -> np.ndarray:
         """Rewards in the groups that are compared: each prompt's, or all of a rollout."""
@@ -92,6 +93,21 @@ class Watch:
             found = collapsing(self.latest, distinct_2=c.distinct_2, variety=c.variety)
             if found:
                 self.job.warn(found)
+
+
+def _barren(r: Rollout, limit: int | None) -> tuple[str, str]:
+    """Why a rollout teaches nothing, and what to do. `limit`: of new tokens, where it cut all that was to be trained on."""
+    if np.isnan(r.total).all():
+        return "no completion had a reward", "a reward that gives numbers: each one gave None for all of them"
+    if limit is not None:
+        return (
+            f"max_new_tokens ({limit}) cut all completions, and mask_cut trains on none of these",
+            "a larger decoding.max_new_tokens, or mask_cut: false",
+        )
+    return (
+        f"all completions of every prompt had the same reward ({mean(r.total)}), so that every advantage is 0",
+        "look at samples.jsonl; a reward that tells answers apart, a higher temperature, more completions",
+    )
 
 
 def _lines(file: Any) -> list[dict[str, Any]]:
