@@ -93,7 +93,8 @@ def test_fronts_over_the_same_scores_share_a_plot_and_others_do_not(run: Path, t
     front = json.loads((other / "warp" / "front.json").read_text())
     (other / "warp" / "front.json").write_text(json.dumps(front | {"x": "length"}))
     page = build([other], tmp_path / "b").read_text("utf-8")
-    assert page[page.index('<section id="fronts">') : page.index('<section id="sweeps">')].count("<svg") == 2
+    section = page[page.index('<section id="fronts">') : page.index('<section id="sweeps">')]
+    assert section.count("<svg") == 2 and section.count('class="key"') == 2, "each says of which stage it is"
 
 
 def test_what_is_drawn_lies_within_the_picture_and_in_order(run: Path, tmp_path: Path) -> None:

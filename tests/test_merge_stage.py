@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def test_models_with_different_tokenizers_are_refused(tiny_model: Path, smoke_ru
     tokenizer.add_tokens(["щось"])
     tokenizer.save_pretrained(b)
     with pytest.raises(ModelError, match="different tokenizers"):
+        run(tmp_path / "run", smoke_run, models=[str(a), str(b)])
+
+
+def test_models_of_equal_shapes_that_read_them_differently_are_refused(
+    tiny_model: Path, smoke_run: Path, tmp_path: Path
+) -> None:
+    """Heads twice as wide and half as many: every tensor has the same shape and means something else."""
+    a, b = (tuned(tiny_model, tmp_path / str(k), k) for k in range(2))
+    config = read_json(b / "config.json")
+    heads = config["num_attention_heads"]
+    config |= {"num_attention_heads": heads // 2, "num_key_value_heads": heads // 2, "head_dim": 2 * config["head_dim"]}
+    (b / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"num_attention_heads is {heads} and {heads // 2}"):
         run(tmp_path / "run", smoke_run, models=[str(a), str(b)])
 
 

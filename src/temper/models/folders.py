@@ -14,6 +14,11 @@ from safetensors.torch import save_file
 
 from temper.errors import ModelError
 
+# What a model computes with its tensors, and their shapes do not tell
+UNSEEN = (
+    "num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function",
+)  # fmt: skip
+
 
 class Tensors:
     """The tensors of a folder of safetensors, each read when it is asked for."""
@@ -114,14 +119,24 @@ def angles(start: Path, models: Sequence[Path]) -> tuple[float, list[float]]:
 
 def check_alike(base: Tensors, others: Sequence[Tensors]) -> None:
     """Raises ModelError where models are of other architectures, or have other tensors or shapes."""
-    kind = _config(base.folder).get("model_type")
+    own = _config(base.folder)
+    kind = own.get("model_type")
     for other in others:
-        theirs = _config(other.folder).get("model_type")
+        config = _config(other.folder)
+        theirs = config.get("model_type")
         if theirs != kind:
             raise ModelError(
                 f"a {theirs} cannot be merged with a {kind}",
                 where=str(other.folder),
                 do="merge models of one architecture that were trained from one start",
+            )
+        # a field that only one of them has is left out: versions of transformers write different ones
+        differ = [f for f in UNSEEN if None not in (own.get(f), config.get(f)) and own[f] != config[f]]
+        if differ:
+            raise ModelError(
+                f"the models read their weights in different ways: {differ[0]} is {own[differ[0]]} and {config[differ[0]]}",
+                where=f"{base.folder} and {other.folder}",
+                do="merge models that were trained from one start",
             )
         lacking = sorted(base.shapes.keys() ^ other.shapes.keys())
         if lacking:

@@ -240,7 +240,7 @@ def _front(x: str, y: str, curves: list[Curve]) -> FrontView:
             body.append([words(c.name), words(p.label), *cells, words("yes" if p in c.joined else "no")])
     head = [words("stage"), words("setting"), Cell(x), Cell(y), words("on the front")]
     note = "On the front: no other point of the same stage is better in one of the two and as good in the other. Bars: 95 % intervals over test rows."
-    legend = [(c.colour, c.name) for c in curves] if len(curves) > 1 else []
+    legend = [(c.colour, c.name) for c in curves]  # of one stage too: which one is nowhere else in sight
     return FrontView(f"{y} over {x}", legend, scatter(curves, x, y), Table(head, body, notes=[note]))
 
 
