@@ -575,6 +575,13 @@ def test_samples_are_the_extremes_and_the_same_each_time(tmp_path: Path) -> None
     assert choose(evaluation, rows.slice(0, 0)) == []
 
 
+@pytest.mark.parametrize(("written", "shown"), [(["", "ні"], {"", "ні"}), (["", ""], {None})])
+def test_answers_that_nobody_asked_for_are_not_shown_as_empty(written: list[str], shown: set[str | None]) -> None:
+    columns = {"a|prediction": written, "a|loss": [0.25, 0.5]}
+    groups = choose(Evaluation.model_validate({"models": {"a": {"loss": {"value": 0.4}}}}), pa.table(columns))
+    assert {s.answers[0].text for group in groups for s in group.samples} == shown
+
+
 def test_one_score_of_a_row_is_shown_once() -> None:
     columns = {"a|prediction": ["так", "ні"], "a|toxicity_mean": [0.25, float("nan")], "a|toxicity_p95": [0.25, float("nan")],
                "a|toxicity_max": [0.25, float("nan")], "a|toxicity_share": [0.0, 1.0], "a|distinct_2": [0.5, 0.5]}  # fmt: skip

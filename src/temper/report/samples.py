@@ -21,7 +21,7 @@ class Answer:
     """What one model wrote."""
 
     model: str
-    text: str
+    text: str | None  # None: the evaluation asked for no answers
     scores: list[tuple[str, str]]  # (metric, score of this row)
     cut: bool  # ended by the length limit
 
@@ -103,6 +103,7 @@ def _shown(evaluation: Evaluation, table: dict[str, list[Any]]) -> dict[str, str
 
 def _sample(evaluation: Evaluation, table: dict[str, list[Any]], i: int, places: dict[str, tuple[str, int]]) -> Sample:
     answers = []
+    written = any(any(table.get(f"{model}|prediction", ())) for model in evaluation.models)
     for model in evaluation.models:
         if f"{model}|prediction" not in table:
             continue
@@ -112,7 +113,8 @@ def _sample(evaluation: Evaluation, table: dict[str, list[Any]], i: int, places:
             if f"{model}|{metric}" in table and (score := number(table[f"{model}|{metric}"][i], max(digits, 2))) != NONE
         ]
         ended = table[f"{model}|ended"][i] if f"{model}|ended" in table else None
-        answers.append(Answer(model, table[f"{model}|prediction"][i] or "", scores, ended is False))
+        text = (table[f"{model}|prediction"][i] or "") if written else None
+        answers.append(Answer(model, text, scores, ended is False))
     identity = table["id"][i] if "id" in table else i
     return Sample(identity, _text(table, "prompt", i), _text(table, "reference", i), answers)
 
