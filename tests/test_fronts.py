@@ -17,7 +17,7 @@ import pytest
 from temper.report import build
 from temper.report.contract import Front, Measured, Point, Trials
 from temper.report.curves import figures
-from temper.report.fronts import finding, parallel, trials_table, undominated
+from temper.report.fronts import Curve, finding, parallel, scatter, trials_table, undominated
 from temper.report.read import read_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -95,6 +95,29 @@ def test_fronts_over_the_same_scores_share_a_plot_and_others_do_not(run: Path, t
     page = build([other], tmp_path / "b").read_text("utf-8")
     section = page[page.index('<section id="fronts">') : page.index('<section id="sweeps">')]
     assert section.count("<svg") == 2 and section.count('class="key"') == 2, "each says of which stage it is"
+
+
+def test_numbers_beside_the_axes_stay_within_the_drawing() -> None:
+    """A character is at most 6.4 units wide; the drawing is 360 units wide."""
+    measures = [{"measure": "e.g.kl", "metric": "kl", "best": "lowest"}]
+    trials = [
+        {"number": k, "settings": {"g.lr": -1.2345e-5 * (k + 1)}, "values": {"e.g.kl": measured(-1.2345e-5 * (k + 1), 0.0)},
+         "seconds": 1.0, "state": "done", "error": None, "folder": None}
+        for k in range(2)
+    ]  # fmt: skip
+    found = {"schema": 1, "search": "grid", "fields": ["g.lr"], "best": 0, "front": [], "measures": measures}
+    drawn = str(parallel(Trials.model_validate({**found, "trials": trials}), "trials"))
+    points = [{"label": f"{k}", "setting": {}, "x": measured(0.0125 * k, 0.0), "y": measured(k, 0.0)} for k in range(2)]
+    front = Front.model_validate({"x": "kl", "y": "reward_mean", "points": points})
+    drawn += str(scatter([Curve("w", 1, front.points, front.points)], "kl", "reward_mean"))
+    texts = re.findall(r'<text[^>]*?x="([\d.]+)"[^>]*?>([^<]*)<', drawn)
+    anchors = re.findall(r'<text[^>]*text-anchor="(\w+)"', drawn)
+    assert len(texts) == len(anchors) > 10
+    for (x, text), anchor in zip(texts, anchors, strict=True):
+        if re.fullmatch(r"[−\d.e-]+", text):
+            width = 6.4 * len(text)
+            low = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+            assert low >= -1 and low + width <= 361, text
 
 
 def test_what_is_drawn_lies_within_the_picture_and_in_order(run: Path, tmp_path: Path) -> None:

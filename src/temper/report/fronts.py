@@ -137,7 +137,7 @@ def parallel(found: Trials, title: str) -> Markup | None:
         return None
     values = [[t.settings.get(f) for t in done] for f in found.fields]
     values += [[t.values[m.measure].value for t in done] for m in found.measures]
-    left, right, top, bottom, width, height = 46.0, 314.0, 40.0, 196.0, 360, 206
+    left, right, top, bottom, width, height = 62.0, 298.0, 40.0, 196.0, 360, 206  # −1.234e-5 fits beside an axis
     axes = [_axis(v) for v in values]
     xs = [left + (right - left) * k / (len(names) - 1) for k in range(len(names))]
     out = []
@@ -267,7 +267,8 @@ def scatter(curves: list[Curve], x: str, y: str) -> Markup:
         out.append(label(left - 5, py + 3.5, text, "end"))
     marks = ticks(x_low, x_high, about=6)
     for tick, text in zip(marks, tick_labels(marks), strict=True):
-        out.append(label(at(tick, y_low)[0], bottom + 15, text, "middle"))
+        px, half = at(tick, y_low)[0], 3.2 * len(text)  # a digit is some 6 wide
+        out.append(label(min(px, width - half), bottom + 15, text, "middle"))
     out.append(label((left + right) / 2, height - 5, x, "middle", "name"))
     out += [part for c in curves for part in _ends(c, at, right)]  # below what is drawn
     for c in curves:

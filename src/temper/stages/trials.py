@@ -314,7 +314,10 @@ def _give(job: Job, sweep: Sweep, folder: Path) -> None:
 
 
 def _said(settings: Settings) -> str:
-    return ", ".join(f"{field} {json.dumps(v, ensure_ascii=False)}" for field, v in settings.items())
+    short = {
+        f: float(f"{v:.4g}") if isinstance(v, float) else v for f, v in settings.items()
+    }  # drawn ones have 17 digits
+    return ", ".join(f"{field} {json.dumps(v, ensure_ascii=False)}" for field, v in short.items())
 
 
 def _outcome(trial: dict[str, Any]) -> str:
