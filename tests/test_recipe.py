@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -188,6 +189,19 @@ def test_a_wrong_key_in_a_profile_an_overlay_and_a_set_is_placed(small: Path, tm
     error = error_of(wrong, profile="other")
     assert error.where == f"{small}:20" and "epochs" in error.do
     assert "other" in error_of(small, profile="othre").do
+
+
+def test_merge_keys(small: Path) -> None:
+    """YAML's «<<: *name»; an error in what it brings is told at the mapping that takes it."""
+    changed(
+        small,
+        "  tuned:\n",
+        "  first_go: &same\n    stage: sft\n    data: rows\n    epochs: 2\n  tuned:\n    <<: *same\n",
+    )
+    again: Any = recipe.load(small).stages["tuned"]
+    assert (again.epochs, again.lr, again.data) == (2, 1e-4, "rows")
+    error = error_of(changed(small, "epochs: 2\n  tuned", "epoch: 2\n  tuned"))
+    assert "epochs" in error.do and error.where == f"{small}:13"
 
 
 @pytest.mark.parametrize(

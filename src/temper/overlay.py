@@ -83,7 +83,8 @@ def plain(node: Any, path: Path, lines: dict[KeyPath, str], at: KeyPath) -> Any:
         out = {}
         for key, value in node.items():
             here = (*at, str(key))
-            lines[here] = f"{path}:{node.lc.key(key)[0] + 1}"  # type: ignore[attr-defined]
+            own = node.lc.data.get(key)  # type: ignore[attr-defined]  # None: it came by a merge key, «<<: *name»
+            lines[here] = f"{path}:{(own[0] if own else node.lc.line) + 1}"  # type: ignore[attr-defined]
             out[str(key)] = plain(value, path, lines, here)
         return out
     if isinstance(node, list):
