@@ -7,13 +7,15 @@ is pretrained on the training texts, and two reward models of its shape are trai
 start from random weights: attention that has learnt to predict the next word looks at the last few, and on so few
 texts the reward model learns them by heart before it looks further (74 % of held-out pairs against 86 %). REINFORCE,
 RLOO and WARP then start from the base, with the same number of sampled completions (WARP: of each policy a quarter of
-the steps, two rounds of two). The first reward model is what they learn from, the second one has a say only here.
+the steps, two rounds of two), RLOO a second time with a fifth of the KL's weight, to reach as far as WARP does. The
+first reward model is what they learn from, the second one has a say only here.
 Several processes may share the seeds (--first 2 --seeds 1); a last call with all of them makes the table.
 
 Points of a front: for REINFORCE and RLOO the run itself at a quarter, half and all of its steps («run»), and the
 interpolations of its end towards the start («liti»); for WARP the interpolations of its last merge. KL is exact, in nats
-an answer. Fronts of the seeds are read off at three levels of KL: a quarter, half and three quarters of the largest KL
-that every front reaches, so that nothing is extrapolated. What is finished is not computed again.
+an answer. Fronts of the seeds are read off at levels of KL: a quarter, half and three quarters of the largest KL that every
+front reaches, and of those that go further at two more, so that nothing is extrapolated. What is finished is not
+computed again.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def recipe_of(files: Path, steps: int, models: dict[str, str], names: Sequence[s
         "openings": data("openings", validation=str(files / "held_out.jsonl"), test=0, format={"separator": " "}),
         "reinforce": {**one, "algorithm": "reinforce", "completions": 1, "batch_size": 64},
         "rloo": {**one, "algorithm": "rloo", "completions": 4},
+        "rloo_far": {**one, "algorithm": "rloo", "completions": 4, "kl": {**kl, "beta": 0.02}},
         "warp": {
             "stage": "warp", **policy, "algorithm": "rloo", "completions": 4, "max_steps": steps // 4, "rounds": 2,
             "policies": 2, "liti": 0.5, "ema": 0.1, "front": [],
@@ -162,17 +165,18 @@ def study(args: argparse.Namespace) -> dict[str, list[list[Any]]]:
 
     def make(names: Sequence[str], *, needs: Sequence[str]) -> None:
         """Bring some models to be that are not given, with the stages they need."""
-        if missing := [n for n in names if n not in models]:
+        missing = [n for n in names if n not in models]
+        if any(not (shared / n / "model").is_dir() for n in missing):
             spec = args.out / f"{names[0]}.yaml"
             write_json(spec, recipe_of(files, args.steps, models, [*needs, *missing]))
             run_stages(spec, shared, missing)
-            models.update({n: str(shared / n / "model") for n in missing})
+        models.update({n: str(shared / n / "model") for n in missing})
 
     make(["base_lm"], needs=["corpus"])
     models["untrained"] = str(untrained(Path(models["base_lm"]), args.out / "untrained"))
     make(["reward", "second_reward"], needs=["half_a", "half_b"])
     start = Path(models["base_lm"])
-    fronts: dict[str, list[list[Any]]] = {"reinforce": [], "rloo": [], "warp": []}
+    fronts: dict[str, list[list[Any]]] = {"reinforce": [], "rloo": [], "rloo_far": [], "warp": []}
     for seed in range(args.first, args.first + args.seeds):
         run = args.out / f"seed-{seed}"
         run.mkdir(exist_ok=True)
@@ -181,7 +185,7 @@ def study(args: argparse.Namespace) -> dict[str, list[list[Any]]]:
         run_stages(spec, run / "run", ["openings"])
         recipe = recipes.load(spec)
         recipe.raw["second"] = models["second_reward"]
-        for name in ("reinforce", "rloo"):
+        for name in ("reinforce", "rloo", "rloo_far"):
             kept = run / f"{name}.json"
             if (found := read_sealed(kept)) is None:
                 at = trained(recipe, run / "run", name, run / name, start, args.steps)
@@ -200,21 +204,25 @@ def study(args: argparse.Namespace) -> dict[str, list[list[Any]]]:
 
 
 def at_levels(points: list[Any], kind: str, what: str, levels: np.ndarray) -> np.ndarray:
-    """A front's reward at levels of KL, straight between its points; the start stands at KL 0."""
+    """A front's reward at levels of KL, straight between its points; nan beyond the last. The start stands at KL 0."""
     chosen = sorted((p["kl"]["value"], p[what]["value"]) for p in points if p["kind"] in ("start", kind))
     x, y = zip(*chosen, strict=True)
-    return np.interp(levels, x, y)
+    return np.interp(levels, x, y, right=np.nan)
 
 
 def table(fronts: dict[str, list[list[Any]]], starts: dict[str, float]) -> dict[str, Any]:
     """Rewards at levels of KL: mean and Student's 95 % interval over seeds, and the differences of WARP from each."""
     from scipy.stats import t
 
-    lines = [("reinforce", "run"), ("reinforce", "liti"), ("rloo", "run"), ("rloo", "liti"), ("warp", "liti")]
-    reach = min(
-        max(p["kl"]["value"] for p in points if p["kind"] == kind) for name, kind in lines for points in fronts[name]
-    )
-    levels = reach * np.array([0.25, 0.5, 0.75])
+    lines = [(name, kind) for name in fronts for kind in (("liti",) if name == "warp" else ("run", "liti"))]
+
+    def ends(names: Sequence[str]) -> float:
+        """The largest KL that all fronts of these names reach, with every seed."""
+        kinds = [(n, k) for n, k in lines if n in names]
+        return min(max(p["kl"]["value"] for p in ps if p["kind"] == k) for n, k in kinds for ps in fronts[n])
+
+    reach, far = ends(list(fronts)), ends(["warp", "rloo_far"])
+    levels = np.array([0.25 * reach, 0.5 * reach, 0.75 * reach, *(x * far for x in (0.5, 0.75) if x * far > reach)])
     out: dict[str, Any] = {"levels": levels.tolist(), "rows": []}
 
     def zeroed(points: list[Any], what: str) -> list[Any]:
@@ -226,15 +234,16 @@ def table(fronts: dict[str, list[list[Any]]], starts: dict[str, float]) -> dict[
             for name, kind in lines
         }
 
-        def over_seeds(values: np.ndarray) -> list[list[float]]:
+        def over_seeds(values: np.ndarray) -> list[list[float | None]]:
             n = len(values)
             half = t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5 if n > 1 else np.full(len(levels), np.nan)
-            return [[float(v) for v in three] for three in zip(values.mean(0), values.mean(0) - half, values.mean(0) + half, strict=True)]  # fmt: skip
+            three = np.stack([values.mean(0), values.mean(0) - half, values.mean(0) + half], 1)
+            return [[None if np.isnan(v) else float(v) for v in one] for one in three]
 
         for key, values in at.items():
-            whole = np.linspace(0, reach, 41)
+            whole = np.linspace(0, levels[-1], 61)
             shown = [at_levels(zeroed(points, what), key[1], what, whole) for points in fronts[key[0]]]
-            curve = np.mean(shown, 0).tolist()
+            curve = [None if np.isnan(v) else float(v) for v in np.mean(shown, 0)]
             out["rows"].append({"judge": what, "front": " ".join(key), "at": over_seeds(values), "curve": curve})
         for key, values in list(at.items())[:-1]:
             difference = over_seeds(at["warp", "liti"] - values)
@@ -242,21 +251,20 @@ def table(fronts: dict[str, list[list[Any]]], starts: dict[str, float]) -> dict[
     return out
 
 
-COLOUR = {"reinforce": "#c2410c", "rloo": "#1d4ed8", "warp": "#047857"}
+COLOUR = {"reinforce": "#c2410c", "rloo": "#1d4ed8", "rloo_far": "#7c3aed", "warp": "#047857"}
+CALLED = {"rloo_far": "rloo β 0.02"}
 
 
 def plot(result: dict[str, Any]) -> str:
-    """The mean fronts as an SVG of two panels, one a judge; bars are the intervals over seeds at the three levels."""
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 330" font-family="sans-serif" font-size="12">']
-    out.append('<rect width="760" height="330" fill="white"/>')
+    """The mean fronts as an SVG of two panels, one a judge; bars are the intervals over seeds at the levels."""
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 340" font-family="sans-serif" font-size="12">']
+    out.append('<rect width="760" height="340" fill="white"/>')
     levels = result["levels"]
-    grid = np.linspace(0, levels[-1] * 4 / 3, 41)
+    grid = np.linspace(0, levels[-1], 61)
     for panel, (what, title) in enumerate({"reward": "learnt from", "second": "second judge"}.items()):
         rows = [r for r in result["rows"] if r["judge"] == what and "−" not in r["front"]]
-        curves = {r["front"]: r["curve"] for r in rows}
-        ends = [v for r in rows for three in r["at"] for v in three] + [v for c in curves.values() for v in c]
-        low, high = min(ends), max(ends)
-        left = 60 + 370 * panel
+        shown = [v for r in rows for three in [*r["at"], r["curve"]] for v in three if v is not None]
+        low, high, left = min(shown), max(shown), 60 + 370 * panel
 
         def at(kl: float, reward: float, left: int = left, low: float = low, high: float = high) -> tuple[float, float]:
             return left + 290 * kl / grid[-1], 270 - 220 * (reward - low) / (high - low)
@@ -266,24 +274,23 @@ def plot(result: dict[str, Any]) -> str:
         for value in np.linspace(low, high, 4):
             out.append(f'<text x="{left - 6}" y="{at(0, value)[1] + 4:.0f}" text-anchor="end">{value:.1f}</text>')
         for value in (0.0, *levels):
-            x = at(value, low)[0]
-            out.append(f'<text x="{x:.0f}" y="288" text-anchor="middle">{value:.1f}</text>')
-        out.append(f'<text x="{left + 145}" y="308" text-anchor="middle">KL to the start, nats an answer</text>')
+            out.append(f'<text x="{at(value, low)[0]:.0f}" y="286" text-anchor="middle">{value:.1f}</text>')
+        out.append(f'<text x="{left + 145}" y="304" text-anchor="middle">KL to the start, nats an answer</text>')
         for k, row in enumerate(rows):
             name, kind = row["front"].split()
             points = " ".join(
-                "{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(grid, curves[row["front"]], strict=True)
+                "{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(grid, row["curve"], strict=True) if y is not None
             )
-            dash = ' stroke-dasharray="5 4"' if kind == "run" else ""
-            out.append(f'<polyline points="{points}" fill="none" stroke="{COLOUR[name]}" stroke-width="2"{dash}/>')
+            line = f'stroke="{COLOUR[name]}" stroke-width="2"' + (' stroke-dasharray="5 4"' if kind == "run" else "")
+            out.append(f'<polyline points="{points}" fill="none" {line}/>')
             for level, (_, bottom, top) in zip(levels, row["at"], strict=True):
-                x, y = at(level, bottom)
-                out.append(f'<path d="M{x + 3 * k - 6:.1f} {y:.1f}V{at(level, top)[1]:.1f}" stroke="{COLOUR[name]}"/>')
+                if bottom is not None:
+                    (x, y), end = at(level, bottom), at(level, top)[1]
+                    out.append(f'<path d="M{x + 3 * k - 9:.1f} {y:.1f}V{end:.1f}" stroke="{COLOUR[name]}"/>')
             if not panel:
-                y = 322
-                x = 60 + 140 * k
-                out.append(f'<path d="M{x} {y - 4}h24" stroke="{COLOUR[name]}" stroke-width="2"{dash}/>')
-                out.append(f'<text x="{x + 28}" y="{y}">{name}, {kind}</text>')
+                x, y = 20 + 190 * (k % 4), 320 + 15 * (k // 4)
+                out.append(f'<path d="M{x} {y - 4}h24" fill="none" {line}/>')
+                out.append(f'<text x="{x + 28}" y="{y}">{CALLED.get(name, name)}, {kind}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -324,7 +331,7 @@ def main() -> None:
     print(f"\nstart: reward {start['reward']:.2f}, second judge {start['second']:.2f}")
     print("KL, nats an answer: " + ", ".join(f"{level:.2f}" for level in result["levels"]))
     for row in result["rows"]:
-        cells = "  ".join(f"{v:+.2f} ({low:+.2f} to {high:+.2f})" for v, low, high in row["at"])
+        cells = "  ".join(f"{v:+.2f} ({a:+.2f} to {b:+.2f})" if v is not None else "–" for v, a, b in row["at"])
         print(f"{row['judge']:7} {row['front']:22} {cells}")
 
 
