@@ -28,6 +28,7 @@ RL: dict[str, Any] = {
     "classifier": None, "completions": 4, "batch_size": 3, "lr": 1e-2, "decoding": {"max_new_tokens": 10, "temperature": 1.0},
     "rollout_steps": 2, "iterations": 2, "max_steps": 10, "precision": "float32", "merge": True,
 }  # fmt: skip
+LONGER = {"decoding": {"max_new_tokens": 40, "temperature": 1.0}}  # so that some answers end
 
 
 def run(folder: Path, smoke_run: Path, **fields: Any) -> Path:
@@ -87,7 +88,7 @@ def test_the_reward_rises(smoke_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"checkpoint_every": 3, "lr": 3e-3, "precision": "bf16", "average": "token", "mask_cut": True},
+        {"checkpoint_every": 3, "lr": 3e-3, "precision": "bf16", "average": "token", "mask_cut": True, **LONGER},
         {
             "checkpoint_every": 1,
             "adapter": None,
@@ -405,8 +406,8 @@ def test_a_name_gives_the_whole_of_its_paper_and_the_recipe_overrides(
     [
         {"algorithm": "rloo", "completions": 3},
         {"algorithm": "rloo", "kl": {"place": "loss", "level": "sequence", "samples": "one"}},
-        {"algorithm": "gspo", "mask_cut": True},
-        {"algorithm": "dapo", "kl": {"beta": 0.1, "samples": "one"}},
+        {"algorithm": "gspo", "mask_cut": True, **LONGER},
+        {"algorithm": "dapo", "kl": {"beta": 0.1, "samples": "one"}, **LONGER},
         {"algorithm": "reinforce++", "completions": 1, "batch_size": 7},
         {"algorithm": "reinforce", "advantage": {"baseline": {"mean": "none"}}, "completions": 1, **ONE},
     ],
