@@ -157,9 +157,7 @@ class Loop:
         validated = self.state["validated_tokens"] * SCORED
         if not self.plan.whole:
             found = self.measured(self.plan.rows).with_(self.measured(self.plan.rest), self.worst)
-            validated += SCORED * sum(row.tokens for row in self.plan.rest) + SCORED * sum(
-                r.tokens for r in self.plan.rows
-            )
+            validated += SCORED * found.tokens
             self._log({"step": kept, "whole": True, "whole_validation_loss": found.loss})
             self._keep_worst(found, kept, whole=True)
             self.job.facts["validation loss, all rows"] = round(found.loss, 6)

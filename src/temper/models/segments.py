@@ -4,7 +4,7 @@ A dense mask costs a lane's width squared and every shorter lane its padding. He
 in one line, matrix products run over the line, and attention over segments of it: a long tree, or a few short ones. Of a
 segment a block of queries meets only the keys up to its own end, since nobody sees what comes later. Query heads that
 share a key head are laid under one another, so that keys and values are not copied for each, and the kernel's blocks are
-larger: together a fifth to a third less time (430 tokens, 8 heads of 64 over 2, forward and backward on two cores).
+larger: together a quarter less time (430 tokens, 8 heads of 64 over 2, forward and backward on two cores).
 
 The segments travel with the mask: what transformers is given is a mask of full shape that occupies no memory, on which
 they are written. The attention function named sdpa looks for them; without them it is transformers' own. A model that
