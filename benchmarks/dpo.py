@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -33,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer
+from turns import in_turns, seconds
 
 from temper.engine import optim
 from temper.losses.preference import Compared, preference_losses
@@ -165,12 +164,6 @@ class Theirs:
         self.trainer.train()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def tuned(hf: Any, pairs: list[Any], folder: str, *, bf16: bool) -> dict[str, Any]:
     """The fastest settings of the grid; a step stays one of BATCH pairs."""
     found: list[tuple[float, dict[str, Any]]] = []
@@ -193,14 +186,7 @@ def compare(name: str, ours: Ours, theirs: Theirs, rounds: int) -> None:
     off = max(float((ours.logps(p) - theirs.logps(k)).abs().max()) for k, p in enumerate(ours.pairs[:4]))
     print(f"{name}: log-probabilities of answers differ by up to {off:.1e} nats", flush=True)
     ours.epoch(), theirs.epoch()  # what is done once is not timed
-    taken = [(seconds(ours.epoch), seconds(theirs.epoch)) for _ in range(rounds)]
-    ratios = sorted(t / o for o, t in taken)
-    o, t = (statistics.median(column) for column in zip(*taken, strict=True))
-    print(
-        f"{name}: temper {o:.2f} s, trl {t:.2f} s, {statistics.median(ratios):.2f} times as fast "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
+    in_turns(name, ("temper", ours.epoch), ("trl", theirs.epoch), rounds)
 
 
 def main() -> None:

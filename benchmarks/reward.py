@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -31,6 +29,7 @@ import trl
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
 from trl import RewardConfig, RewardTrainer
+from turns import in_turns, seconds
 
 from temper.engine import optim
 from temper.losses import bradley_terry
@@ -132,12 +131,6 @@ class Theirs:
         self.trainer.train()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def tuned(hf: Any, pairs: dict[str, list[list[int]]], folder: str, limit: int) -> dict[str, Any]:
     """The fastest settings of the grid; a step stays one of BATCH pairs."""
     some = {name: column[:limit] for name, column in pairs.items()}
@@ -161,14 +154,7 @@ def compare(name: str, ours: Ours, theirs: Theirs, rounds: int) -> None:
     a, b = ours.loss(), theirs.loss()
     print(f"{name}: loss of all pairs {a:.7f} and {b:.7f}, difference {abs(a - b):.1e}", flush=True)
     ours.epoch(), theirs.epoch()  # what is done once is not timed
-    taken = [(seconds(ours.epoch), seconds(theirs.epoch)) for _ in range(rounds)]
-    ratios = sorted(t / o for o, t in taken)
-    o, t = (statistics.median(column) for column in zip(*taken, strict=True))
-    print(
-        f"{name}: temper {o:.2f} s, trl {t:.2f} s, {statistics.median(ratios):.2f} times as fast "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
+    in_turns(name, ("temper", ours.epoch), ("trl", theirs.epoch), rounds)
 
 
 def main() -> None:

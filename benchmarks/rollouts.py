@@ -10,12 +10,10 @@ Run it on an idle machine: with two threads, any third busy one slows both manyf
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from turns import in_turns
 
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
@@ -34,12 +32,6 @@ def model() -> PreTrainedModel:
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def compare(hf: PreTrainedModel, length: int, prompts: int, completions: int, tokens: int, rounds: int) -> None:
@@ -63,14 +55,8 @@ def compare(hf: PreTrainedModel, length: int, prompts: int, completions: int, to
         assert out.shape[1] == length + n
 
     ours(4), theirs(4)  # what is done once is not timed
-    taken = [(seconds(lambda: ours(tokens)), seconds(lambda: theirs(tokens))) for _ in range(rounds)]
-    ratios = sorted(b / a for a, b in taken)
-    a, b = (statistics.median(column) for column in zip(*taken, strict=True))
-    print(
-        f"{prompts} prompts of {length} × {completions} completions of {tokens}: sampler {a:.2f} s, generate {b:.2f} s, "
-        f"{statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
+    what = f"{prompts} prompts of {length} × {completions} completions of {tokens}"
+    in_turns(what, ("sampler", lambda: ours(tokens)), ("generate", lambda: theirs(tokens)), rounds)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from temper.models import load
 from temper.runfolder import read_json, write_json
 from temper.stages.pretrain import Shape, train_tokenizer
 from temper.stages.scoring import check_preferences
+from temper.stages.seen import TRAINED_ON, fingerprint
 from temper.types import Record
 from tiny_models import build, sharpen
 
@@ -306,8 +307,6 @@ def other_run(models: Path, tmp_path: Path) -> Path:
 
 
 def test_a_stage_of_another_run_is_a_model_with_a_readable_name(models: Path, other_run: Path, tmp_path: Path) -> None:
-    from temper.stages.training import TRAINED_ON, fingerprint
-
     seen = fingerprint(Record({"prompt": ROWS[0]["q"]}, ""))
     np.save(other_run / "sft" / TRAINED_ON, np.array([seen], np.uint64))
     names = ["base", str(other_run / "sft"), str(models / "two")]
@@ -364,3 +363,30 @@ def test_rows_without_two_answers_and_another_tokenizer(models: Path, tmp_path: 
         run(tmp_path, ROWS, models / "one", models=["base"], metrics=["margin"], reference=str(other))
     with pytest.raises(DataError, match="compare chosen and rejected"):
         check_preferences([Record({"prompt": "1?", "completion": "one"}, "f:1")])
+
+
+def test_a_question_is_known_again_in_whatever_form_it_was_trained_on() -> None:
+    ask, answer, other = (
+        {"role": r, "content": c} for r, c in (("user", "a  b"), ("assistant", "c"), ("assistant", "d"))
+    )
+    forms: list[dict[str, Any]] = [
+        {"prompt": "a b"},
+        {"prompt": "a b", "completion": "anything"},
+        {"prompt": [ask], "completion": [answer]},
+        {"messages": [ask, answer]},
+        {"messages": [ask]},
+        {"prompt": "a b", "chosen": "c", "rejected": "d"},
+        {"prompt": "a b", "chosen": [answer], "rejected": [other]},
+        {"chosen": [ask, answer], "rejected": [ask, other]},  # what both begin with is the prompt
+    ]
+    assert len({fingerprint(Record(row, "")) for row in forms}) == 1
+    strange: list[dict[str, Any]] = [
+        {"prompt": "a c"},
+        {"text": "a b"},
+        {"chosen": "a b", "rejected": "a c"},
+        {"messages": [ask, answer, ask, other]},
+        {"chosen": [ask, answer, ask, answer], "rejected": [ask, answer, ask, other]},
+    ]
+    assert len({fingerprint(Record(row, "")) for row in [*forms, *strange]}) == 1 + 3, (
+        "what asks or says the same is one"
+    )

@@ -25,6 +25,7 @@ from temper.models import adapters, load
 from temper.models.adapters import Adapter
 from temper.models.scores import Policy
 from temper.trees import Node, Tree, chain, flatten, join, pack, rows_of, split, stack
+from tiny_models import warmed
 
 BASE: dict[str, Any] = dict(
     vocab_size=128, hidden_size=64, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4,
@@ -190,10 +191,7 @@ def test_an_adapter_begins_as_nothing_merges_exactly_and_is_pefts(tmp_path: Path
         adapters.merged(adapters.attach(load.model(source)[0], Adapter(r=4), seed=3))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in n for n in trained)
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if "lora_B" in n:
-                p.normal_(std=0.1)
+    warmed(model, 0.1)
     tuned = Policy(model)(row).detach()
     assert (tuned - before).abs().max() > 0.1
     with model.disable_adapter():

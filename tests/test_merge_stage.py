@@ -19,6 +19,7 @@ from temper.models import adapters
 from temper.models.adapters import Adapter
 from temper.pipeline import Choice
 from temper.runfolder import read_json
+from tiny_models import warmed
 
 
 def tuned(tiny: Path, folder: Path, seed: int, scale: float = 0.01) -> Path:
@@ -36,11 +37,7 @@ def tuned(tiny: Path, folder: Path, seed: int, scale: float = 0.01) -> Path:
 def adapted(tiny: Path, folder: Path, seed: int) -> Path:
     """An adapter on the tiny model whose B is not zero."""
     source = hub.Source(str(tiny))
-    model = adapters.attach(adapters.open_model(source)[0], Adapter(r=4), seed=seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.05)
+    model = warmed(adapters.attach(adapters.open_model(source)[0], Adapter(r=4), seed=seed), 0.05)
     adapters.save(model, folder, source, stage=None, identity=hub.identity(source))
     return folder
 

@@ -21,15 +21,14 @@ from temper.data.chat import Encoder, Format
 from temper.errors import DataError, ModelError, RecipeError, RunError, TrainingError
 from temper.losses.preference import Compared
 from temper.losses.unpaired import kto_loss
-from temper.models import adapters, load
-from temper.models.adapters import Adapter
+from temper.models import load
 from temper.models.reference import Reference
 from temper.models.scores import Policy
 from temper.runfolder import read_json
 from temper.stages import anchor, couples
 from temper.stages.comparison import MEMORY, Comparison, Objective
 from temper.trees import Row, rows_of
-from tiny_models import build
+from tiny_models import attach_warm, build
 
 ASK, ASSISTANT = {"role": "user", "content": "w5 w6"}, "assistant"
 
@@ -408,17 +407,7 @@ def test_another_model_as_the_reference_says_so(base: Path, tmp_path: Path) -> N
 def test_7_an_adapter_that_already_does_something_stops_the_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = adapters.attach
-
-    def warm(model: Any, adapter: Adapter, seed: int, **more: Any) -> Any:
-        found = real(model, adapter, seed, **more)
-        with torch.no_grad():
-            for name, p in found.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(0, 0.05)
-        return found
-
-    monkeypatch.setattr(adapters, "attach", warm)
+    attach_warm(monkeypatch, 0.05)
     with pytest.raises(
         TrainingError, match=r"the reference is not the policy before the first step[\s\S]*merge it first"
     ):

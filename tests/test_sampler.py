@@ -19,7 +19,7 @@ from temper.rollouts import memory, native, proof
 from temper.rollouts.decoding import Completion, Decoding
 from temper.rollouts.sampler import Sampler
 from temper.trees import group, join
-from tiny_models import PADDED, TREES, VOCABULARY, WINDOW, build, sharpen
+from tiny_models import PADDED, TREES, VOCABULARY, WINDOW, build, sharpen, warmed
 
 NATS = 1e-4
 FAMILIES = [f for f in TREES if f != "falcon rope"]  # which has an attention of its own
@@ -240,10 +240,7 @@ def test_an_adapter_in_training_is_sampled_as_it_is_now(family: str) -> None:
             expected = Policy(wrapped, "tree")(row).numpy()
         assert np.abs(np.concatenate([c.raw for some in answers for c in some]) - expected).max() < NATS
         seen.append(ids(answers))
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(0, 0.2)
+        warmed(wrapped, 0.2)
     assert seen[0] != seen[1]
 
 

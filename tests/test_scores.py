@@ -18,7 +18,7 @@ from temper.models import scores, segments
 from temper.models.attention import tree_mask
 from temper.models.scores import Policy, check_causal, prove
 from temper.trees import Node, Row, chain, flatten, join, rounded, stack
-from tiny_models import LOOK_AHEAD, PADDED, TREES, VOCABULARY, WINDOW, build
+from tiny_models import LOOK_AHEAD, PADDED, TREES, VOCABULARY, WINDOW, build, warmed
 
 NATS = 1e-5  # largest difference of a log-probability, float32; the models' log-probabilities reach 10 nats
 RELATIVE = 1e-5  # of gradients, against their norm
@@ -92,11 +92,7 @@ def with_adapter(model: Any) -> Any:
     """LoRA on every linear layer, not at its start: B is drawn too."""
     torch.manual_seed(3)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    return wrapped.eval()
+    return warmed(wrapped, 0.1).eval()
 
 
 @pytest.mark.parametrize("family", TREES)

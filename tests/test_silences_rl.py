@@ -20,7 +20,7 @@ from temper.rollouts.sampler import Sampler
 from temper.stages import rl
 from temper.trees import group, join
 from test_rl import metrics, run
-from tiny_models import build
+from tiny_models import attach_warm, build, warmed
 
 
 class Words:
@@ -43,10 +43,7 @@ def test_6_rollouts_follow_the_weights_that_are_trained() -> None:
     asked: dict[str, Any] = {"completions": 3, "seed": 5}
     prompt = [5, 6, 7, 8]
     before = sampler.sample([prompt], Decoding(max_new_tokens=12, temperature=1.0), **asked)[0]
-    with torch.no_grad():
-        for name, p in hf.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.5)
+    warmed(hf, 0.5)
     after = sampler.sample([prompt], Decoding(max_new_tokens=12, temperature=1.0), **asked)[0]
     assert [c.ids for c in after] != [c.ids for c in before]
     policy.eval()
@@ -74,17 +71,7 @@ def test_7_a_reference_that_is_not_the_policy_at_the_start_stops_the_run(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Staged: an adapter that already does something, and a reference without it."""
-    real = adapters.attach
-
-    def warm(model: Any, adapter: Adapter, seed: int, **more: Any) -> Any:
-        found = real(model, adapter, seed, **more)
-        with torch.no_grad():
-            for name, p in found.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(0, 0.5)
-        return found
-
-    monkeypatch.setattr(adapters, "attach", warm)
+    attach_warm(monkeypatch, 0.5)
     with pytest.raises(TrainingError, match="the reference is not the policy"):
         run(tmp_path / "run", smoke_run)
 

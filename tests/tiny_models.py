@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from temper.models import adapters
+
 VOCABULARY = 96
 WINDOW = 8
 
@@ -135,3 +137,18 @@ def sharpen(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.copy_(draw * 1.5 / parameter.shape[-1] ** 0.5)
             elif "A_log" not in name and "dt_" not in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def warmed(model: Any, spread: float) -> Any:
+    """The model with adapters that already do something: LoRA's B, zero at its start, is drawn."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, spread)
+    return model
+
+
+def attach_warm(monkeypatch: Any, spread: float) -> None:
+    """Stages attach such adapters from here on."""
+    real = adapters.attach
+    monkeypatch.setattr(adapters, "attach", lambda *given, **more: warmed(real(*given, **more), spread))

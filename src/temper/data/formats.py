@@ -17,6 +17,7 @@ The types (https://huggingface.co/docs/trl/dataset_formats), by a row's columns:
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -164,6 +165,33 @@ def _check_messages(messages: Any, name: str, where: str) -> None:
             raise DataError(f"{at}: unknown role {message['role']!r}", where=where, do=f"roles: {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise DataError(f"{at}: content is {type(message['content']).__name__}, not text", where=where)
+
+
+def split(row: Row) -> tuple[Any, Any, Any] | None:
+    """(prompt, chosen, rejected), both answers without the prompt; the prompt is None of whole texts.
+
+    None where the two do not answer the same prompt.
+    """
+    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if isinstance(answers[0], str):
+        return prompt, *answers  # type: ignore[return-value]
+    whole = [bool(a) and a[0]["role"] != "assistant" for a in answers]
+    if prompt is None:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False))
+        prompt = [m for m, _ in same]
+        whole = [True, True]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if any(w and a[: len(asked)] != asked for w, a in zip(whole, answers, strict=True)):
+        return None
+    rest = [a[len(asked) :] if w else a for w, a in zip(whole, answers, strict=True)]
+    if not asked or any(a and a[0]["role"] != "assistant" for a in rest):
+        return None  # what differs first is something that was asked
+    return asked, *rest  # type: ignore[return-value]
+
+
+def answered(prompt: Any, answer: Any) -> Row:
+    """One answer as a row that the encoder knows."""
+    return {"text": answer} if prompt is None else {"prompt": prompt, "completion": answer}
 
 
 def text_of(value: Any) -> str | None:

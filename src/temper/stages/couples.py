@@ -10,18 +10,17 @@ Legend: C couples, S scored tokens of a tree.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from temper.data.chat import Encoded, Encoder
-from temper.data.formats import text_of
+from temper.data.formats import answered, split, text_of
 from temper.errors import DataError
 from temper.stages.sft import NO_LIMIT
 from temper.trees import Node, Tree, flatten
-from temper.types import Record, Row
+from temper.types import Record
 
 COLUMNS = 'map them in the data stage: prompt: "{column}", chosen: "{column}", rejected: "{column}"'
 
@@ -81,17 +80,17 @@ def paired(records: Sequence[Record], encoder: Encoder) -> list[Couple]:
         )
     same = (r.row["chosen"] == r.row["rejected"] for r in records)
     _refuse(records, same, "chosen equals rejected: there is nothing to prefer", "drop such rows from the source")
-    split = [_split(r.row) for r in records]
+    parted = [split(r.row) for r in records]
     _refuse(
         records,
-        (s is None for s in split),
+        (s is None for s in parted),
         "the prompt differs between chosen and rejected",
         "see that both answer the same prompt",
     )
-    parts = [s for s in split if s is not None]
+    parts = [s for s in parted if s is not None]
     empty = (not (_said(c) and _said(r)) for _, c, r in parts)
     _refuse(records, empty, "an answer is empty", "drop: {empty: true} in the data stage")
-    rows = [_row(prompt, answer) for prompt, *answers in parts for answer in answers]
+    rows = [answered(prompt, answer) for prompt, *answers in parts for answer in answers]
     wheres = [r.where for r in records for _ in range(2)]
     coded = encoder.encode([Record(row, where) for row, where in zip(rows, wheres, strict=True)])
     asked = _asked([prompt for prompt, *_ in parts], records, encoder)
@@ -141,7 +140,9 @@ def unpaired(records: Sequence[Record], encoder: Encoder, seed: int) -> list[Cou
     other = np.empty_like(circle)
     other[circle] = np.roll(circle, -1)
     rows = [
-        _row(r.row["prompt"], records[k].row["completion"]) for n, r in enumerate(records) for k in (n, int(other[n]))
+        answered(r.row["prompt"], records[k].row["completion"])
+        for n, r in enumerate(records)
+        for k in (n, int(other[n]))
     ]
     wheres = [r.where for r in records for _ in range(2)]
     coded = encoder.encode([Record(row, where) for row, where in zip(rows, wheres, strict=True)])
@@ -202,35 +203,9 @@ def trees(couples: Iterable[Couple]) -> list[Tree]:
     return [c.tree(n) for n, c in enumerate(couples)]
 
 
-def _split(row: Row) -> tuple[Any, Any, Any] | None:
-    """(prompt, chosen, rejected), both answers without the prompt; the prompt is None of whole texts.
-
-    None where the two do not answer the same prompt.
-    """
-    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if isinstance(answers[0], str):
-        return prompt, *answers  # type: ignore[return-value]
-    whole = [bool(a) and a[0]["role"] != "assistant" for a in answers]
-    if prompt is None:
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False))
-        prompt = [m for m, _ in same]
-        whole = [True, True]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if any(w and a[: len(asked)] != asked for w, a in zip(whole, answers, strict=True)):
-        return None
-    rest = [a[len(asked) :] if w else a for w, a in zip(whole, answers, strict=True)]
-    if not asked or any(a and a[0]["role"] != "assistant" for a in rest):
-        return None  # what differs first is something that was asked
-    return asked, *rest  # type: ignore[return-value]
-
-
 def _said(answer: Any) -> bool:
     """Whether an answer says anything."""
     return bool((text_of(answer if isinstance(answer, str) else answer[-1:]) or "").strip())
-
-
-def _row(prompt: Any, answer: Any) -> Row:
-    return {"text": answer} if prompt is None else {"prompt": prompt, "completion": answer}
 
 
 def _asked(prompts: Sequence[Any], records: Sequence[Record], encoder: Encoder) -> list[list[int] | None]:

@@ -22,7 +22,7 @@ from temper.runfolder import write_json
 from temper.stages import compare, duel, elsewhere, scoring, summary
 from temper.stages import judge as judging
 from temper.stages.answering import Answering
-from temper.stages.training import TRAINED_ON, fingerprint
+from temper.stages.seen import seen_before
 from temper.types import Outputs, Record, Scores
 
 
@@ -192,14 +192,11 @@ class Evaluate(Stage):
             scoring.check_preferences(records)
         for name in self.models:
             stage = elsewhere.stage_of(job, name)
-            if stage and (stage.path / TRAINED_ON).is_file():
-                seen = set(np.load(stage.path / TRAINED_ON).tolist())
-                known = [r for r in records if fingerprint(scoring.preferred(r)) in seen]
-                if known:
-                    job.warn(
-                        f"{len(known)} of {len(records)} test rows stand in the training data of {name} (the first: {known[0].where}); "
-                        "its scores measure memory there"
-                    )
+            if stage and (again := seen_before(records, stage.path)):
+                job.warn(
+                    f"{len(again)} of {len(records)} test rows stand in the training data of {name} (the first: {again[0].where}); "
+                    "its scores measure memory there"
+                )
         return records
 
     def _related(self, job: Job, answering: Answering, outputs: dict[str, Outputs]) -> dict[str, Outputs]:

@@ -19,7 +19,8 @@ from temper.job import Job
 from temper.models import adapters, folders, load
 from temper.models.scores import Policy
 from temper.recipe import ModelRef, Stage, detail, stages
-from temper.stages.training import note_trained_on, proven_merge, settle
+from temper.stages.seen import note_trained_on
+from temper.stages.training import proven_merge, settle
 from temper.trees import chain, join
 
 NEED_TWO = ("lerp", "slerp", "ties")

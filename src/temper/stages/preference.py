@@ -25,8 +25,9 @@ from temper.recipe import DataRef, ModelRef, detail, stages
 from temper.stages import anchor, couples
 from temper.stages.comparison import Comparison, Objective
 from temper.stages.couples import Couple
+from temper.stages.seen import note_trained_on
 from temper.stages.sft import NO_LIMIT, format_of
-from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split, summarise
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, summarise
 from temper.trees import Row, Tree, rows_of
 from temper.types import Record
 

@@ -30,8 +30,9 @@ from temper.recipe import DataRef, ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
 from temper.stages import pairs as pairing
 from temper.stages.pairs import Coded, DrawnPairs
+from temper.stages.seen import note_trained_on
 from temper.stages.sft import format_of
-from temper.stages.training import note_trained_on, note_used, proven_merge, read_split, summarise
+from temper.stages.training import note_used, proven_merge, read_split, summarise
 from temper.trees import rows_of
 from temper.types import Record, Scores
 

@@ -29,9 +29,10 @@ from temper.stages import algorithms
 from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
+from temper.stages.seen import note_trained_on
 from temper.stages.sft import format_of
 from temper.stages.start import GAP, check_room, check_start, tell_of
-from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split
+from temper.stages.training import TrainingStage, finish, open_policy, read_split
 from temper.trees import Row
 from temper.types import Record
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from temper.data.chat import Encoded
+from temper.data.formats import answered, split
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError
 from temper.models.scores import Policy, prove
@@ -75,18 +75,17 @@ def check_preferences(records: Sequence[Record]) -> None:
 
 def preferred(record: Record) -> Record:
     """A row of a preference with its chosen answer as the completion; any other row as it is."""
-    row = dict(record.row)
-    if not {"chosen", "rejected"} <= row.keys():
+    if not {"chosen", "rejected"} <= record.row.keys():
         return record
-    chosen, rejected, prompt = row.pop("chosen"), row.pop("rejected"), row.get("prompt")
-    if isinstance(chosen, str):
-        return Record({**row, "text": chosen} if prompt is None else {**row, "completion": chosen}, record.where)
-    if prompt is None:  # what both conversations begin with
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-        prompt = [message for message, _ in same]
-    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt:
-        chosen = chosen[len(prompt) :]
-    return Record({**row, "prompt": prompt, "completion": chosen}, record.where)
+    found = split(record.row)
+    if found is None:
+        raise DataError(
+            "the prompt differs between chosen and rejected",
+            where=record.where,
+            do="see that both answer the same prompt",
+        )
+    rest = {k: v for k, v in record.row.items() if k not in ("prompt", "chosen", "rejected")}
+    return Record({**rest, **answered(*found[:2])}, record.where)
 
 
 def set_apart(outputs: dict[str, Outputs], reaches: dict[str, int | None]) -> tuple[dict[str, Outputs], int]:

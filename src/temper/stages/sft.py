@@ -18,7 +18,8 @@ from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
-from temper.stages.training import TrainingStage, finish, note_trained_on, open_policy, read_split, summarise
+from temper.stages.seen import note_trained_on
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +26,6 @@ from temper.models.scores import Policy, check_causal, prove
 from temper.recipe import ModelRef, Stage, detail
 from temper.trees import Row, Tree
 from temper.types import Record
-
-TRAINED_ON = "trained_on.npy"
 
 
 class TrainingStage(Stage, Training):
@@ -258,19 +255,6 @@ def finish(
             return
         hf = proven_merge(job, policy, probe)
     load.save(hf, tokenizer, job.dir / "model", ends=ends)
-
-
-def note_trained_on(job: Job, records: Sequence[Record]) -> None:
-    """Hashes of the rows that a model has seen in training, its base's included: evaluation looks for its own there."""
-    before = [np.load(f) for r in job.inputs.values() if (f := r.path / TRAINED_ON).is_file()]
-    own = np.array([fingerprint(r) for r in records], dtype=np.uint64)
-    np.save(job.dir / TRAINED_ON, np.unique(np.concatenate([own, *before])))
-
-
-def fingerprint(record: Record) -> int:
-    """64 bits of what a row asks."""
-    text = repr([record.row.get(k) for k in ("messages", "prompt", "text")])
-    return int.from_bytes(hashlib.sha256(" ".join(text.split()).encode()).digest()[:8], "big")
 
 
 def proven_merge(job: Job, policy: Policy, probe: Row) -> Any:

@@ -24,9 +24,9 @@ from temper.pipeline import Choice
 from temper.recipe import Recipe
 from temper.runfolder import RunFolder, read_json, read_sealed, write_json, write_sealed
 from temper.stages import learning
+from temper.stages.seen import TRAINED_ON
 from temper.stages.space import Measure, Settings
 from temper.stages.study import DONE, FAILED, Grid, Study
-from temper.stages.training import TRAINED_ON
 
 if TYPE_CHECKING:
     from temper.stages.sweep import Sweep

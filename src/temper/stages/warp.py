@@ -36,7 +36,8 @@ from temper.runfolder import checksums, damage, read_sealed, write_atomic, write
 from temper.stages.front import front
 from temper.stages.merge import applied, configured, wholes, written
 from temper.stages.rl import Kl, Rl
-from temper.stages.training import note_trained_on, read_split
+from temper.stages.seen import note_trained_on
+from temper.stages.training import read_split
 
 
 @stages.register("warp")
