@@ -46,10 +46,14 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-li
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """w5 is token 5; texts are split at spaces."""
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    """w5 is token 5; texts are split at spaces. Special tokens are found inside words too: theirs begin no other's."""
+    made = Tokenizer(models.WordLevel({word(i): i for i in range(VOCABULARY)}, unk_token=word(3)))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", bos_token="w1", eos_token=f"w{END}")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=word(0), bos_token=word(1), eos_token=word(END))
+
+
+def word(i: int) -> str:
+    return f"w{i}" if i > 3 else f"<{i}>"
 
 
 def model(layers: int) -> Any:
@@ -134,7 +138,7 @@ class Theirs:
     """TRL's trainer; one call of `epoch` trains on all pairs once."""
 
     def __init__(self, hf: Any, pairs: list[Any], folder: str, *, bf16: bool, **settings: Any) -> None:
-        texts = [[" ".join(f"w{i}" for i in ids) for ids in pair] for pair in pairs]
+        texts = [[" ".join(map(word, ids)) for ids in pair] for pair in pairs]
         # a space before an answer: prompt and answer are joined as they are
         rows = {n: [(" " if k else "") + t[k] for t in texts] for k, n in enumerate(("prompt", "chosen", "rejected"))}
         lengths = [len(p) + max(len(a), len(b)) for p, a, b in pairs]
