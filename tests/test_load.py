@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from preferred import words
 from temper import hub
 from temper.errors import ModelError
 from temper.hub import Source
@@ -203,6 +205,17 @@ try:
 except ModelError as error:
     print(f"{time.perf_counter() - began:.1f}", str(error).replace(chr(10), " | "))
 """
+
+
+def test_a_tokenizer_of_its_own_stays_what_it_is(tmp_path: Path) -> None:
+    """transformers reads the tokenizer of a Qwen2 by the rules of Qwen's own, whatever tokenizer.json says."""
+    made = words()
+    build("qwen2").save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    text = "w5 w6 w61 w7"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != made(text)["input_ids"], "why this is needed"
+    found = load.tokenizer(Source(str(tmp_path)))
+    assert found(text)["input_ids"] == made(text)["input_ids"] == [1, 5, 6, 61, 7]
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(tmp_path: Path) -> None:

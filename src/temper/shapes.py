@@ -10,18 +10,19 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from temper import hub
 from temper.data import mini, sources
 from temper.data.card import read_rows
 from temper.data.formats import apply, texts
 from temper.engine import device as devices
+from temper.errors import ModelError
+from temper.models import load
 from temper.models.scores import CHUNK_LOGITS
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
@@ -156,13 +157,9 @@ Count = Callable[[str], int]  # the tokens of a text
 
 def counter(source: hub.Source, *, trust_remote_code: bool = False) -> Count | None:
     """Counts tokens as a model does; None where its tokenizer is not on this machine."""
-    places = [a for a in reversed(source.adapters) if (Path(a) / "tokenizer_config.json").is_file()]
-    name, revision = (places[0], None) if places else (source.name, source.revision)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError):  # what is wrong with it is told by the stage that needs it
+        tokenizer = load.tokenizer(source, trust_remote_code=trust_remote_code, here=True)
+    except ModelError:  # what is wrong with it is told by the stage that needs it
         return None
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from temper.errors import ModelError
 from temper.hub import Source
@@ -20,11 +21,15 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 PADDED_POSITIONS = 8  # rows that a table of positions may have before the first position (OPT: 2)
 # What damaged, foreign or missing weights raise in the libraries below.
+GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that read all they do from tokenizer.json
 UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError, pickle.UnpicklingError)
 
 
-def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+def tokenizer(source: Source, *, trust_remote_code: bool = False, here: bool = False) -> Any:
     """The tokenizer that belongs to a model (an adapter's own where it has one).
+
+    Args:
+        here: only what is on this machine already.
 
     Raises:
         ModelError: there is none, or it has neither a padding nor an end token to pad with.
@@ -32,7 +37,17 @@ def tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     places = [a for a in reversed(source.adapters) if (Path(a) / "tokenizer_config.json").is_file()]
     name, revision = (places[0], None) if places else (source.name, source.revision)
     try:
-        found = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        how: dict[str, Any] = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": here,
+        }
+        found = AutoTokenizer.from_pretrained(name, **how)
+        # for some kinds of models (qwen2) transformers overrules a tokenizer that says it is all in tokenizer.json, and
+        # cuts texts by the rules of that kind's first model
+        said = get_tokenizer_config(name, **how).get("tokenizer_class")
+        if said in GENERIC and type(found).__name__ not in GENERIC:
+            found = PreTrainedTokenizerFast.from_pretrained(name, **how)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"no tokenizer could be loaded from {name}",
