@@ -51,7 +51,7 @@ def _trl(folder: Path, rows: list[Any], settings: Settings) -> Side:
     if grouped:
         columns["length"] = [len(p) + len(a) for p, a in rows]
         settings |= {"length_column_name": "length", "remove_unused_columns": False}
-    config = SFTConfig(**trl_side.arguments(folder, settings))
+    config = SFTConfig(completion_only_loss=True, **trl_side.arguments(folder, settings))
     data = datasets.Dataset.from_dict(columns)
     return Answers(SFTTrainer(model=net, args=config, processing_class=tokenizer(), train_dataset=data))
 
