@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
 
-from temper.models import segments
 from temper.trees import Row
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
@@ -28,15 +28,17 @@ NOT_TREES = {
     "deepseek_v32", "minimax", "lfm2", "recurrent_gemma", "bart", "t5",
 }  # fmt: skip
 
-_pending: list[tuple[Row, bool]] = []  # a row, and whether its mask is made by segments
+# (a row in one line, the model's own rule) → a mask that carries what attends instead of it: `segments`, `flex`
+Carrier = Callable[[Row, Callable[..., Any]], torch.Tensor]
+_pending: list[tuple[Row, Carrier | None]] = []
 
 
 def _tree_rule(
     batch_size: int, q_length: int, kv_length: int, mask_function: Any = None, device: Any = "cpu", **_: Any
 ) -> torch.Tensor:
-    row, in_segments = _pending[-1]
-    if in_segments:
-        return segments.carrier(row, mask_function)
+    row, carrier = _pending[-1]
+    if carrier is not None:
+        return carrier(row, mask_function)
     grid = (row.lanes, q_length)
     lane = torch.arange(row.lanes, device=device)[:, None] * q_length
     pos, end = row.pos.view(grid), row.end.view(grid) - lane
@@ -50,19 +52,19 @@ def _tree_rule(
 AttentionMaskInterface.register("temper_tree", _tree_rule)
 
 
-def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype, *, in_segments: bool = False) -> Mask:
+def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype, *, carrier: Carrier | None = None) -> Mask:
     """The mask(s) [lanes, 1, width, width] of one row, in the form that this model and its attention implementation take.
 
     Boolean for SDPA; additive for eager, which adds a boolean mask as +1 without a word. A dict by layer type for
     models that mix windows. Masks are arguments, not globals: recomputation under checkpointing sees the same ones.
 
     Args:
-        in_segments: masks that carry segments instead, of a row in one line; see `segments`.
+        carrier: makes masks that carry something else to attend by, of a row in one line; see `segments` and `flex`.
     """
     config = copy.copy(model.config.get_text_config())
     config._attn_implementation = "temper_tree"
     width = len(row.pos) // row.lanes
-    _pending.append((row, in_segments))
+    _pending.append((row, carrier))
     try:
         # A 2D mask of ones must be given: without it, positions that start again are read as packed sequences.
         made = create_masks_for_generate(

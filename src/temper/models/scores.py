@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from temper.errors import ModelError
-from temper.models import segments
-from temper.models.attention import refuses_trees, smallest_window, tree_mask
+from temper.models import flex, segments
+from temper.models.attention import Carrier, refuses_trees, smallest_window, tree_mask
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
@@ -83,7 +83,7 @@ class Policy(nn.Module):
         self.hf = hf
         self.layout: Layout = layout
         self.temperature = 1.0
-        self.segments = False  # attention piece by piece, on processors: once it is proven
+        self.segments = False  # attention piece by piece: once it is proven
         self.train(hf.training)
 
     @property
@@ -140,18 +140,33 @@ class Policy(nn.Module):
         return hidden, logits
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
-        in_segments = self.segments and row.ids.device.type == "cpu" and model.config._attn_implementation == "sdpa"
-        if in_segments:
+        carrier = self._carrier(row.ids.device)
+        if carrier is not None:
             row = segments.in_line(row)
         with segments.read_at(backbone, row.src, len(row.ids)):
             out = backbone(
                 input_ids=row.ids.view(row.lanes, -1),
                 position_ids=row.pos.view(row.lanes, -1),
-                attention_mask=tree_mask(model, row, next(self.parameters()).dtype, in_segments=in_segments),
+                attention_mask=tree_mask(model, row, next(self.parameters()).dtype, carrier=carrier),
                 use_cache=False,
             )
         # index_select, not indexing: the backward of the latter is not deterministic with two CPU threads
         return out.last_hidden_state.flatten(0, 1).index_select(0, row.src)
+
+    def _carrier(self, device: torch.device) -> Carrier | None:
+        """What attends piece by piece: segments on processors, FlexAttention on graphics cards; None: dense masks."""
+        config = self.inner.config
+        if not self.segments or config._attn_implementation != "sdpa":
+            return None
+        if device.type == "cpu":
+            return segments.carrier
+        return None if flex.refused(config, device, padded_precision(self)) else flex.carrier
+
+    @property
+    def attention(self) -> str:
+        """What computes attention, by transformers' name."""
+        blocks = self.layout == "tree" and self._carrier(self.device) is flex.carrier
+        return "flex_attention" if blocks else self.inner.config._attn_implementation
 
     def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
         """The same numbers from separate right-padded sequences; a token that branches share is scored on the first."""

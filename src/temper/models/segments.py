@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from temper.models import flex
 from temper.trees import Row, rounded
 
 LEAST = 128  # tokens: shorter trees share a segment
@@ -97,10 +98,13 @@ def in_line(row: Row) -> Row:
     width = rounded(total)
     if row.lanes == 1 and width >= len(row.ids):
         return row
+    device = row.ids.device
     taken = torch.from_numpy(np.concatenate([np.arange(s, s + n) for s, n in zip(row.starts, sizes, strict=True)]))
-    shift = torch.from_numpy(np.repeat(np.asarray(row.starts) - starts, sizes))
-    place = torch.zeros(len(row.ids), dtype=torch.long).index_copy(0, taken, torch.arange(total))
-    more = torch.arange(total, width) + 1
+    taken = taken.to(device)
+    shift = torch.from_numpy(np.repeat(np.asarray(row.starts) - starts, sizes)).to(device)
+    place = torch.zeros(len(row.ids), dtype=torch.long, device=device)
+    place = place.index_copy(0, taken, torch.arange(total, device=device))
+    more = torch.arange(total, width, device=device) + 1
     return dataclasses.replace(
         row,
         ids=functional.pad(row.ids[taken], (0, width - total)),
@@ -133,14 +137,19 @@ def carrier(row: Row, own_rule: Callable[..., Any]) -> torch.Tensor:
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention [1, T, heads, D] by segments where the mask carries them, else transformers' own."""
+    """Attention [1, T, heads, D] by what the mask carries, segments or blocks, else transformers' own."""
     segments: Segments | None = getattr(attention_mask, "segments", None)
-    if segments is None:
+    carried = getattr(attention_mask, "blocks", None)
+    if segments is None and carried is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )  # type: ignore[no-any-return]
     if more.get("softcap") is not None or more.get("position_bias") is not None:
-        raise ValueError("attention by segments knows neither soft caps nor biases of positions")
+        raise ValueError("attention in pieces knows neither soft caps nor biases of positions")
+    if segments is None:
+        if dropout:
+            raise ValueError("FlexAttention knows no dropout of attention")
+        return flex.attend(carried, query, key, value, scaling), None
     heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
     groups = heads // shared
     last = segments.read is not None and getattr(module, "layer_idx", None) == module.config.num_hidden_layers - 1  # type: ignore[union-attr]

@@ -142,7 +142,7 @@ def note_used(job: Job, policy: Policy, precision: str, proof: str) -> None:
         threads=torch.get_num_threads(),
         precision=precision,
         weights=str(next(policy.parameters()).dtype).removeprefix("torch."),
-        attention=hf.config._attn_implementation,
+        attention=policy.attention,
         layout=policy.layout,
         proof=proof,
         activation_checkpointing=_recomputes(hf),
