@@ -92,11 +92,12 @@ def pairs(n: int) -> list[tuple[list[int], list[int], list[int]]]:
     return [(ids(250, 311), [*ids(15, 150), END], [*ids(15, 150), END]) for _ in range(n)]
 
 
-def operations(tokens: int, scored: int, pairs_seen: float, *, layers: int = 8, full: bool) -> float:
+def operations(tokens: int, scored: int, pairs_seen: float, *, full: bool) -> float:
     """Floating-point operations of a training step: 2 a weight and token forward, as many for the gradients of
     activations, and as many for those of weights where all are trained; attention 4 a dimension, layer and pair of tokens
     that sees one another (twice that backward); the head only where it is scored."""
-    c = config(layers)
+    c = config()
+    layers = c.num_hidden_layers
     head = c.hidden_size // c.num_attention_heads
     layer = c.hidden_size * (2 * c.hidden_size + 2 * c.num_key_value_heads * head + 3 * c.intermediate_size)
     weights = tokens * layers * layer + scored * c.vocab_size * c.hidden_size

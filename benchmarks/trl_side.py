@@ -54,7 +54,7 @@ class Trained:
             warm(net)
         total = weight = 0.0
         for k in range(len(data)):
-            batch = self.trainer.data_collator([data[k]])
+            batch = self.trainer._prepare_inputs(self.trainer.data_collator([data[k]]))  # to where the model is
             mine = float(self.scored(batch))
             with self.trainer.compute_loss_context_manager():
                 total += mine * float(self.trainer.compute_loss(net, dict(batch)))
