@@ -116,6 +116,19 @@ def test_what_is_ruled_out_is_never_drawn() -> None:
             assert torch.isfinite(logps).all()
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 594, 151_936])
+def test_running_sums_by_products(size: int) -> None:
+    """What graphics cards compute instead of `cumsum`; a token that adds nothing leaves the sum as it is."""
+    draw = torch.Generator().manual_seed(0)
+    values = torch.rand(3, size, generator=draw, dtype=torch.float64) * (torch.rand(3, size, generator=draw) > 0.3)
+    got, expected = distribution._by_triangles(values), values.cumsum(-1)
+    assert got.shape == values.shape
+    assert (got - expected).abs().max() <= 1e-13 * max(1.0, float(expected.max()))
+    inside = torch.arange(1, size) % distribution.BLOCK != 0
+    still = (values[:, 1:] == 0) & inside
+    assert torch.equal(got[:, 1:][still], got[:, :-1][still])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_broken_logits_are_an_error(temperature: float, bad: float) -> None:

@@ -76,7 +76,7 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     total = logits.logsumexp(-1, keepdim=True)
 
     def least(these: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mass = (values - these).double().exp().cumsum(-1)
+        mass = _running((values - these).double().exp())
         before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)  # of the tokens before this one
         last = (before < top_p).sum(-1, keepdim=True) - 1
         return values.gather(-1, last), mass[:, -1] >= top_p
@@ -127,11 +127,28 @@ def _inverse_cdf(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tenso
     if vocabulary % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, BLOCK - vocabulary % BLOCK))
     weights = weights.view(rows, -1, BLOCK)
-    blocks = weights.sum(-1).double().cumsum(-1)  # [R, blocks]
+    blocks = _running(weights.sum(-1).double())  # [R, blocks]
     block, rest = _found(blocks, noise[:, None] * blocks[:, -1:])
     within = weights[torch.arange(rows, device=logits.device), block[:, 0]]  # [R, BLOCK]
-    place, _ = _found(within.double().cumsum(-1), rest)
+    place, _ = _found(_running(within.double()), rest)
     return (block * BLOCK + place)[:, 0].clamp_(max=vocabulary - 1), within.gather(-1, place)[:, 0].log()
+
+
+def _running(values: torch.Tensor) -> torch.Tensor:
+    """Running sums of [R, N] along rows. A graphics card's own may differ from run to run, and deterministic algorithms
+    refuse them; there they are products with a triangle of ones, in blocks."""
+    return values.cumsum(-1) if values.device.type != "cuda" else _by_triangles(values)
+
+
+def _by_triangles(values: torch.Tensor) -> torch.Tensor:
+    rows, n = values.shape
+    more = -n % BLOCK
+    parts = torch.nn.functional.pad(values, (0, more)).reshape(rows, -1, BLOCK)
+    within = parts @ torch.ones(BLOCK, BLOCK, dtype=values.dtype, device=values.device).triu()
+    if parts.shape[1] > 1:
+        totals = _by_triangles(within[:, :-1, -1])
+        within = within + torch.nn.functional.pad(totals, (1, 0))[..., None]
+    return within.flatten(1)[:, :n]
 
 
 def _found(sums: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
