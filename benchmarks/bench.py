@@ -33,7 +33,7 @@ import torch
 from contest import Contest, Settings
 
 HERE = Path(__file__).parent
-MODULES = ["sft", "dpo", "reward"]
+MODULES = ["sft", "dpo", "reward", "grpo", "rollouts"]
 
 
 class Worker:

@@ -54,11 +54,11 @@ def saved(folder: Path, *, layers: int = 8) -> Path:
 
 
 def warm(model: Any, spread: float = 0.02) -> None:
-    """Draw LoRA's B, zero at its start, the same on both sides: a policy that is not its reference."""
+    """Draw LoRA's A, and B, zero at its start, the same on both sides: a policy that is not its reference."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_A" in name or "lora_B" in name:
                 p.copy_(spread * torch.randn(p.shape, generator=draw))
 
 

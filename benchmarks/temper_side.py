@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
+import numpy as np
 import torch
 from contest import BATCH
 from shapes import cool, warm
 
 from temper.app import run_recipe
 from temper.engine.loop import Loop
+from temper.rollouts.decoding import Completion
+from temper.stages.experience import Experience
+from temper.stages.rollout import Rollout, text_of
+from temper.trees import Row, rows_of, split
 
 
 class Caught(BaseException):
@@ -32,7 +37,7 @@ def base() -> str:
 
 
 def loop_of(folder: Path, rows: list[dict[str, Any]], stage: dict[str, Any], *, model: str | None = None) -> Loop:
-    """The loop of one stage that trains `base` on rows."""
+    """The loop of one stage that trains `base` on rows. A field of the stage that is None is left out."""
 
     def caught(self: Loop) -> None:
         raise Caught(self)
@@ -46,6 +51,7 @@ def loop_of(folder: Path, rows: list[dict[str, Any]], stage: dict[str, Any], *, 
         "data": "rows", "batch_size": BATCH, "lr": 1e-6, "schedule": "constant", "max_steps": 10**6, "keep_best": False,
         "warmup": 0, **stage,
     }  # fmt: skip
+    trained = {name: value for name, value in trained.items() if value is not None}
     recipe = {
         "name": "bench", "model": model or base(), "threads": torch.get_num_threads(),
         "stages": {"rows": data, "trained": trained},
@@ -87,3 +93,58 @@ class Trained:
         if self.warmed:
             cool(self.loop.policy)
         return total / weight
+
+
+class Practised:
+    """The loop of `rl`: a step samples completions of its prompts, rewards them and learns from them.
+
+    Args:
+        prompts: token ids of all prompts; an epoch asks each once.
+        recorded: completions of each prompt of one step, on which both sides' gradients are compared.
+        new: tokens of every completion.
+    """
+
+    def __init__(self, loop: Loop, prompts: list[list[int]], recorded: list[list[list[int]]], new: int) -> None:
+        self.loop, self.made = loop, cast(Experience, loop.batches)
+        plan = self.made.plan
+        self.steps, self.recorded, self.new = len(prompts) // plan.prompts, recorded, new
+        self.places = {tuple(prompt.ids): k for k, prompt in enumerate(self.made.prompts)}
+        assert set(self.places) == {tuple(ids) for ids in prompts}, "the prompts did not reach the stage as these ids"
+        self.asked = [self.places[tuple(ids)] for ids in prompts[: len(recorded)]]
+        self.tokens = sum(map(len, prompts)) + len(prompts) * plan.completions * new
+        self.flops = 0.0
+
+    def epoch(self) -> None:
+        before = self.loop.state["tokens"]
+        for _ in range(self.steps):
+            self.loop._step()
+        assert self.loop.state["tokens"] - before == self.tokens, "a completion ended early"
+
+    def loss(self) -> float:
+        """Norm of the gradient of one step on the recorded completions, from adapters that are not at their start.
+
+        Not the loss itself: of completions of one length the advantages of a prompt cancel out in it.
+        """
+        warm(self.loop.policy)
+        rows = self._rows()
+        self.loop.gradients(rows)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.loop.policy.parameters() if p.grad is not None])
+        self.loop.optimizer.zero_grad(set_to_none=True)
+        cool(self.loop.policy)
+        return float(norm)
+
+    def _rows(self) -> list[Row]:
+        """The recorded completions as a rollout of the policy's own, made into rows as the stage makes them."""
+        made, plan = self.made, self.made.plan
+        no = np.zeros(self.new, np.float32)
+        done = [Completion(ids, False, None, no, no) for completions in self.recorded for ids in completions]
+        texts = [text_of(c, made.sampler.tokenizer) for c in done]
+        total, each = made.rewarded(self.asked, done, texts)
+        rollout = Rollout([self.asked], done, texts, total, each, np.zeros(len(done)), {})
+        rollout.columns["sampled"] = np.zeros(len(done) * self.new, np.float32)
+        rollout.columns["sampled"] = made._score(rollout, self.loop.policy)
+        assert made.reference is not None
+        rollout.columns["reference"] = made._score(rollout, made.reference)
+        made._judge(0, rollout, np.zeros(len(done) * self.new))
+        parts = [part for tree in made._trees(rollout)[0] for part in split(tree, plan.micro_tokens)]
+        return rows_of(parts, plan.row_tokens, plan.micro_tokens)

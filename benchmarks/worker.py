@@ -23,9 +23,12 @@ from contest import Contest, Side
 # what a side loads in any case, before its memory is counted
 IMPORTS = {
     "temper": ["transformers", "peft", "temper.app", "temper.stages"],
-    "trl": ["transformers", "peft", "datasets", "trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"],
+    "trl": [
+        "transformers", "peft", "datasets", "trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer",
+        "trl.trainer.grpo_trainer",
+    ],
     "transformers": ["transformers"],
-}
+}  # fmt: skip
 
 
 def contest_named(module: str, name: str, against: str) -> Contest:
