@@ -24,6 +24,7 @@ from temper import metrics
 from temper import recipe as recipes
 from temper.data.chat import Encoded, Encoder, Format
 from temper.engine import tripwires
+from temper.engine.chains import Chains
 from temper.errors import DataError, ModelError, RecipeError
 from temper.stages.pretrain import Shape, train_tokenizer
 from temper.stages.sft import fitted
@@ -96,16 +97,16 @@ def test_2_an_answer_ends_with_an_end_token_or_it_is_an_error(tokenizer: Any) ->
 
 
 def test_3_long_examples_are_counted_whether_dropped_or_cut() -> None:
-    short, long = Encoded([1] * 5, [False] * 2 + [True] * 3, "a:1"), Encoded([1] * 9, [False] * 2 + [True] * 7, "a:2")
-    hopeless = Encoded([1] * 9, [False] * 8 + [True], "a:3")
-    trees, note = fitted([short, long], 6, "drop")
+    short, long = ([1] * 5, [False] * 2 + [True] * 3, "a:1"), ([1] * 9, [False] * 2 + [True] * 7, "a:2")
+    hopeless = ([1] * 9, [False] * 8 + [True], "a:3")
+    trees, note = fitted(Chains([short, long]), 6, "drop")
     assert len(trees) == 1 and "1 longer than 6 tokens dropped" in note
-    trees, note = fitted([short, long, hopeless], 6, "cut")
+    trees, note = fitted(Chains([short, long, hopeless]), 6, "cut")
     assert [len(t) for t in trees] == [5, 6] and "2 longer than 6 tokens cut (1 of them had no answer left)" in note
     with pytest.raises(DataError, match="longer than 6"):
-        fitted([short, long], 6, "error")
+        fitted(Chains([short, long]), 6, "error")
     with pytest.raises(DataError, match="no example has at most 3"):
-        fitted([short, long], 3, "drop")
+        fitted(Chains([short, long]), 3, "drop")
 
 
 def test_8_one_beginning_token_and_one_template_for_training_and_inference(tokenizer: Any) -> None:

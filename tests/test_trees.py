@@ -181,6 +181,17 @@ def test_pack_keeps_every_index_within_the_budget(sizes: list[int], budget: int)
     assert all(a + b > budget for a, b in pairwise(fitting))
 
 
+@given(st.lists(st.integers(1, 12), max_size=40), st.integers(1, 10))
+def test_pack_is_first_fit(sizes: list[int], budget: int) -> None:
+    rows: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fits = (r for r in rows if sum(sizes[k] for k in r) + sizes[i] <= max(budget, sum(sizes[k] for k in r)))
+        if (row := next(fits, None)) is None:
+            rows.append(row := [])
+        row.append(i)
+    assert pack(sizes, budget) == rows
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.lists(NODES.map(flatten), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 120))
 def test_rows_hold_every_tree_once(trees: list[Tree], row_tokens: int, micro_tokens: int) -> None:

@@ -212,17 +212,22 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     >>> pack([3, 9, 5, 2, 4], 10)
     [[1], [2, 4], [0, 3]]
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        for r, left in enumerate(room):
-            if sizes[index] <= left:
-                rows[r].append(index)
-                room[r] -= sizes[index]
-                break
-        else:
-            rows.append([index])
-            room.append(max(0, budget - sizes[index]))
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    rows = [[i] for i in order if sizes[i] > budget]
+    rest = order[len(rows) :]
+    alone, places = len(rows), 1 << max(0, len(rest) - 1).bit_length()
+    most = [budget] * (2 * places)  # the most room below each node of a binary tree, whose leaves are rows, used or not
+    for index in rest:
+        node = 1
+        while node < places:
+            node = 2 * node + (most[2 * node] < sizes[index])  # the first row with enough room
+        if alone + node - places == len(rows):
+            rows.append([])
+        rows[alone + node - places].append(index)
+        most[node] -= sizes[index]
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
     return rows
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jinja2
 from pydantic import Field
 
+from temper.data.seams import Seams
 from temper.errors import DataError, ModelError
 from temper.recipe import Config
 from temper.types import Record, Row
+
+AT_ONCE = 1000  # rows that are tokenised together: enough to keep all cores busy
 
 
 class Format(Config):
@@ -118,6 +121,7 @@ class Encoder:
                 "the recipe asks for the chat template, and the tokenizer has none",
                 do="set chat: plain in the data stage",
             )
+        self.seams = Seams(tokenizer, templated=self.templated)
         self.end_ids = set(end_ids) | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
         if not self.end_ids:
             raise ModelError(
@@ -136,7 +140,9 @@ class Encoder:
         """What the model is given at inference: everything before the (last) answer; nothing for plain text."""
         if is_text(row):
             return ""
-        return self._render(asked(row, self.form), prompt=True) if self.templated else plain_prompt(row, self.form)
+        if not self.templated:
+            return plain_prompt(row, self.form)
+        return self._render([asked(row, self.form)], prompt=True)[0]
 
     @staticmethod
     def reference_text(row: Row) -> str:
@@ -154,68 +160,78 @@ class Encoder:
         """
         check_prompts(records)
         texts = [self.prompt_text(r.row) for r in records]
-        return self._tokenize(texts)
+        return self.seams.ids(texts)
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
-        """All rows at once (the tokenizer works in parallel). `text` rows are trained whole, prompts are not."""
-        texts: list[str] = []
-        spans: list[list[tuple[str, str]]] = []  # for each row: (text before an answer, text up to its end)
-        for record in records:
-            text, marks = self._parts(record)
-            texts.append(text)
-            spans.append(marks)
-        whole = self._tokenize(texts)
-        pieces = iter(self._tokenize([piece for marks in spans for pair in marks for piece in pair]))
-        out = []
-        for record, ids, marks in zip(records, whole, spans, strict=True):
-            edges = [(next(pieces), next(pieces)) for _ in marks]
-            out.append(self._mark(record, ids, edges))
-        return out
+        """All rows. `text` rows are trained whole, prompts are not."""
+        return list(self.each(records))
 
-    def _parts(self, record: Record) -> tuple[str, list[tuple[str, str]]]:
-        """The rendered text, and for each answer the text before it and the text up to its end."""
-        row = record.row
-        if is_text(row):
-            return row["text"], []
-        if not self.templated:
+    def each(self, records: Sequence[Record]) -> Iterator[Encoded]:
+        """The rows one after another; rendered and tokenised (in parallel) some at a time, so that little is held."""
+        for k in range(0, len(records), AT_ONCE):
+            some = records[k : k + AT_ONCE]
+            written = self._written(some)
+            # of each answer the text before it and the text up to its end, one after another
+            pieces = [[piece for pair in marks for piece in pair] for _, marks in written]
+            wholes, shares = self.seams.shared([text for text, _ in written], pieces)
+            for record, ids, edges in zip(some, wholes, shares, strict=True):
+                yield self._mark(record, ids, list(zip(edges[::2], edges[1::2], strict=True)))
+
+    def _written(self, records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
+        """Of each row the text, and for each of its answers the text before it and the text up to its end."""
+        if self.templated:
+            rendered = iter(self._rendered([r for r in records if not is_text(r.row)]))
+            return [(r.row["text"], []) if is_text(r.row) else next(rendered) for r in records]
+        out: list[tuple[str, list[tuple[str, str]]]] = []
+        for row in (r.row for r in records):
+            if is_text(row):
+                out.append((row["text"], []))
+                continue
             before = plain_prompt(row, self.form)
             text = before + self._plain_answer(row)
-            return text, [(before, text)]
-        messages = conversation(row, self.form)
-        text = self._render(messages)
-        marks = []
-        for k, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, upto = self._render(messages[:k], prompt=True), self._render(messages[: k + 1])
-                if not (upto.startswith(before) and text.startswith(upto.rstrip("\n"))):
-                    raise ModelError(
-                        "the chat template writes a conversation differently when it goes on, so the answer cannot be found in it",
-                        where=f"{record.where}, message {k + 1}",
-                        do="train on prompt–completion rows (one answer each), or set chat: plain",
-                    )
-                marks.append((before, upto.rstrip("\n")))  # a newline after the end token belongs to the next turn
-        if not marks:
+            out.append((text, [(before, text)]))
+        return out
+
+    def _rendered(self, records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
+        """`_written` of conversations."""
+        talks = [conversation(r.row, self.form) for r in records]
+        answers = [(i, k) for i, talk in enumerate(talks) for k, m in enumerate(talk) if m["role"] == "assistant"]
+        texts = self._render(talks)
+        befores = self._render([talks[i][:k] for i, k in answers], prompt=True)
+        within = [(i, k) for i, k in answers if k + 1 < len(talks[i])]  # up to the last answer it is the text
+        uptos = dict(zip(within, self._render([talks[i][: k + 1] for i, k in within]), strict=True))
+        marks: list[list[tuple[str, str]]] = [[] for _ in records]
+        for (i, k), before in zip(answers, befores, strict=True):
+            upto = uptos.get((i, k), texts[i])
+            if not (upto.startswith(before) and texts[i].startswith(upto.rstrip("\n"))):
+                raise ModelError(
+                    "the chat template writes a conversation differently when it goes on, so the answer cannot be found in it",
+                    where=f"{records[i].where}, message {k + 1}",
+                    do="train on prompt–completion rows (one answer each), or set chat: plain",
+                )
+            marks[i].append((before, upto.rstrip("\n")))  # a newline after the end token belongs to the next turn
+        if lacking := next((r for r, some in zip(records, marks, strict=True) if not some), None):
             raise DataError(
                 "a conversation without an answer has nothing to train on",
-                where=record.where,
+                where=lacking.where,
                 do="drop it or check its roles",
             )
-        return text, marks
+        return list(zip(texts, marks, strict=True))
 
-    def _mark(self, record: Record, ids: list[int], edges: list[tuple[list[int], list[int]]]) -> Encoded:
+    def _mark(self, record: Record, ids: list[int], edges: list[tuple[tuple[int, int], tuple[int, int]]]) -> Encoded:
+        """`edges`: for each answer, before it and up to its end, (tokens shared with the whole, tokens of its own)."""
         trained = [False] * len(ids)
         moved = False
         if not edges:  # plain text: all of it, with an end token
             ids = self._with_end(ids)
             return Encoded(ids, [True] * len(ids), record.where)
-        for before, upto in edges:
-            start, stop = _shared(before, ids), _shared(upto, ids)
-            moved |= start < len(before)
+        for (start, alone), (stop, _) in edges:
+            moved |= start < alone
             trained[start:stop] = [True] * (stop - start)
         if not self.templated:
             ids = self._with_end(ids)
             trained = trained + [True] * (len(ids) - len(trained))
-        if not any(trained):
+        if True not in trained:
             raise DataError(
                 "nothing of this row is trained: its answer is empty", where=record.where, do="drop: {empty: true}"
             )
@@ -224,8 +240,7 @@ class Encoder:
 
     def _check_end(self, record: Record, ids: list[int], trained: list[bool]) -> None:
         last = len(trained) - 1 - trained[::-1].index(True)
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        if ids[last] not in self.end_ids and ids[last] not in special:
+        if ids[last] not in self.end_ids and ids[last] not in self.seams.special:
             raise ModelError(
                 f"the answer does not end with an end token but with {self.tokenizer.decode([ids[last]])!r}: the model would never learn to stop",
                 where=record.where,
@@ -240,40 +255,23 @@ class Encoder:
     def _plain_answer(self, row: Row) -> str:
         return self.form.separator[len(self.form.separator.rstrip(" ")) :] + row["completion"]
 
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateError as error:  # such as «roles must alternate», «no system role»
-            roles = ", ".join(str(m.get("role")) for m in messages)
-            raise ModelError(
-                f"the chat template refuses a conversation of the roles {roles}: {error}",
-                do="map the rows to roles that the template knows, or set chat: plain in the data stage",
-            ) from None
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids; exactly one beginning-of-sequence token where the tokenizer has the habit (a template writes its own)."""
-        if not texts:
+    def _render(self, talks: Sequence[list[dict[str, str]]], *, prompt: bool = False) -> list[str]:
+        if not talks:
             return []
-        found = self.tokenizer(texts, add_special_tokens=not self.templated, return_attention_mask=False)["input_ids"]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        out = []
-        for ids in found:
-            if not self.templated and ids and ids[-1] == eos and eos != bos:
-                ids = ids[
-                    :-1
-                ]  # tokenizers that append the end token themselves: it would stand between prompt and answer
-            while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
-                ids = ids[1:]  # text that already begins with the token
-            out.append(list(ids))
-        return out
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for k, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return k
-    return min(len(a), len(b))
+        how = {"tokenize": False, "add_generation_prompt": prompt}
+        try:
+            return self.tokenizer.apply_chat_template(talks, **how)  # type: ignore[no-any-return]
+        except jinja2.TemplateError:  # such as «roles must alternate», «no system role»; now find out where
+            for messages in talks:
+                try:
+                    self.tokenizer.apply_chat_template(messages, **how)
+                except jinja2.TemplateError as error:
+                    roles = ", ".join(str(m.get("role")) for m in messages)
+                    raise ModelError(
+                        f"the chat template refuses a conversation of the roles {roles}: {error}",
+                        do="map the rows to roles that the template knows, or set chat: plain in the data stage",
+                    ) from None
+            raise
 
 
 def show(tokenizer: Any, example: Encoded, limit: int = 1200) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from temper.engine.chains import sizes
 from temper.trees import Row, Tree, rows_of
 
 
@@ -57,9 +58,9 @@ class Batches:
     def tokens(self, steps: int) -> int:
         """Tokens that the first so many steps train on; where trees are drawn anew, each epoch counts as the first."""
         epochs, more = divmod(steps, self.per_epoch)
-        n, began = len(self.trees), epochs * self.per_epoch
+        n, began, every = len(self.trees), epochs * self.per_epoch, sizes(self.trees)
         left = [i % n for k in range(more) for i in self.chosen(began + k)]
-        return epochs * sum(len(t) for t in self.trees) + sum(len(self.trees[i]) for i in left)
+        return int(epochs * every.sum() + every[left].sum())
 
     def ready(self, step: int) -> bool:
         return True

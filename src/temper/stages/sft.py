@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from temper.data.chat import Encoded, Encoder, Format, is_text, show
 from temper.engine.batches import Batches
+from temper.engine.chains import Chains
 from temper.engine.examples import pieces_of
 from temper.engine.loop import Loop
 from temper.engine.settings import Validated
@@ -48,8 +51,9 @@ class Sft(TrainingStage, Validated):
         source = job.model(self.model)
         tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
-        encoded, held_encoded = encoder.encode(records), encoder.encode(held)
-        policy, tokenizer, source, precision = open_policy(job, self, max(len(e.ids) for e in encoded))
+        encoded, moved = in_chains(encoder, records)
+        held_encoded = encoder.encode(held)
+        policy, tokenizer, source, precision = open_policy(job, self, int(encoded.sizes.max()))
         context = load.context(policy.inner) or NO_LIMIT
         trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
         held_trees = [tree_of(e) for e in held_encoded if len(e.ids) <= context]  # validation is never cut
@@ -67,12 +71,12 @@ class Sft(TrainingStage, Validated):
         ]
         if lost := len(held) - len(held_trees):
             job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
-        if moved := sum(e.moved_seam for e in encoded):
+        if moved:
             job.warn(
                 f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; "
                 "there the trained part begins a token earlier"
             )
-        summarise(job, loop, lines, trees, show(tokenizer, encoded[0]))
+        summarise(job, loop, lines, trees, show(tokenizer, encoder.encode(records[:1])[0]))
         loop.run()
         probe = batches.rows(0)[0]
         finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=probe)
@@ -114,40 +118,39 @@ def format_of(job: Job, ref: str) -> Format:
 
 
 def tree_of(example: Encoded) -> Tree:
-    return chain(example.ids, [float(t) for t in example.trained], example.where)
+    return chain(example.ids, example.trained, example.where)
 
 
-def fitted(encoded: list[Encoded], limit: int, too_long: str) -> tuple[list[Tree], str]:
-    """Examples within `limit` tokens as trees, and a sentence on those that were not.
+def in_chains(encoder: Encoder, records: Sequence[Record]) -> tuple[Chains, int]:
+    """All rows encoded, and how many have a seam that moved."""
+    chains, moved = Chains(), 0
+    for one in encoder.each(records):
+        chains.add(one.ids, one.trained, one.where)
+        moved += one.moved_seam
+    return chains, moved
+
+
+def fitted(encoded: Chains, limit: int, too_long: str) -> tuple[Chains, str]:
+    """Examples within `limit` tokens, and a sentence on those that were not.
 
     Raises:
         DataError: nothing is left, or `too_long: error` met a long one.
     """
-    long = [e for e in encoded if len(e.ids) > limit]
-    if long and too_long == "error":
+    long = np.flatnonzero(encoded.sizes > limit)
+    if len(long) and too_long == "error":
         raise DataError(
             f"{len(long)} examples are longer than {limit} tokens",
-            where=long[0].where,
+            where=encoded.sequence(int(long[0]))[2],
             do="too_long: drop or cut, or a larger max_length",
         )
-    kept = [e for e in encoded if len(e.ids) <= limit]
-    if too_long == "cut":
-        cut = [Encoded(e.ids[:limit], e.trained[:limit], e.where) for e in long]
-        kept = kept + [e for e in cut if any(e.trained)]
-    if not kept:
+    kept = encoded.within(limit, cut=too_long == "cut")
+    if not len(kept):
         raise DataError(
-            f"no example has at most {limit} tokens (the shortest has {min(len(e.ids) for e in encoded)})",
+            f"no example has at most {limit} tokens (the shortest has {encoded.sizes.min()})",
             do="raise max_length, or too_long: cut",
         )
-    what = "cut" if too_long == "cut" else "dropped"
+    if not len(long):
+        return kept, f"none longer than {limit} tokens" if limit < NO_LIMIT else "no limit on length"
+    note = f"{len(long):,} longer than {limit} tokens {'cut' if too_long == 'cut' else 'dropped'}"
     lost = len(encoded) - len(kept)
-    note = (
-        f"{len(long):,} longer than {limit} tokens {what}"
-        if long
-        else f"none longer than {limit} tokens"
-        if limit < NO_LIMIT
-        else "no limit on length"
-    )
-    return [tree_of(e) for e in kept], note + (
-        f" ({lost} of them had no answer left)" if too_long == "cut" and lost else ""
-    )
+    return kept, note + (f" ({lost} of them had no answer left)" if too_long == "cut" and lost else "")

@@ -13,8 +13,8 @@ from peft import PeftModel
 
 from temper import hub
 from temper.data.card import read_rows
+from temper.engine import chains, optim
 from temper.engine import device as devices
-from temper.engine import optim
 from temper.engine.batches import Batches
 from temper.engine.loop import Loop
 from temper.engine.settings import Training
@@ -159,15 +159,14 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
     """Say what is about to happen to a set of examples: data, one example, what a step is, and what it will cost."""
     batches = loop.batches
     assert isinstance(batches, Batches)
-    tokens = sum(len(t) for t in trees)
-    scored = sum(len(t.tgt) for t in trees)
-    if scored == 0:
+    tokens, of_these = int(chains.sizes(trees).sum()), chains.scored(trees)
+    if of_these == 0:
         raise load.ModelError(
             "no token of any example is trained", do="look at the data's columns and at the chat template"
         )
     first, t = batches.rows(0), loop.training
     step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens in rows of {t.row_tokens}"
-    data = [*lines, f"tokens: {tokens:,} an epoch, {scored:,} of them trained on ({scored / max(1, tokens):.0%})"]
+    data = [*lines, f"tokens: {tokens:,} an epoch, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
     row = max(first, key=lambda r: r.tokens)
     took, memory = probe(loop, [row])
     seconds = took / row.tokens * batches.tokens(loop.steps) / (1 - loop.plan.share)
