@@ -12,6 +12,7 @@ and backward (`refused`), and where the model as a whole passes the proof (`scor
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,10 @@ def attend(
     """Attention [1, T, heads, D] of queries [1, heads, T, D] to keys and values [1, key heads, T, D]."""
     compute: Any = _compiled() if query.device.type == "cuda" else flex_attention
     shared = query.shape[1] != key.shape[1]
-    return compute(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=shared).transpose(1, 2).contiguous()
+    found = compute(
+        query, key, value, block_mask=blocks, scale=scaling, enable_gqa=shared, kernel_options={"FORCE_USE_FLEX_ATTENTION": True}
+    )  # fmt: skip  # forced: short rows would get another kernel, made for decoding, that nobody tried
+    return found.transpose(1, 2).contiguous()
 
 
 @functools.cache
@@ -96,7 +100,8 @@ def refused(config: Any, device: torch.device, dtype: torch.dtype) -> str | None
 @functools.cache
 def _failure(heads: int, shared: int, size: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Compile and compare with dense attention, in two widths: what changes is compiled anew, once for all others."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        warnings.simplefilter("ignore")  # advice on precision, from the compiler
         for width in (150, 300):
             try:
                 apart = difference(width, heads, shared, size, device, dtype)
