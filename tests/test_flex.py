@@ -113,6 +113,10 @@ def test_a_model_scores_by_blocks_as_by_dense_masks(family: str, by_blocks: None
     expected = policy(row)
     policy.segments = True
     assert (policy(row) - expected).abs().max() < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = policy(row)
+        policy.segments = False
+        assert (half - policy(row)).abs().mean() < 0.05
     assert prove(policy)["layout"] == "tree" and policy.segments, "the proof takes blocks"
 
 

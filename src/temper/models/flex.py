@@ -61,7 +61,13 @@ def attend(
     value: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention [1, T, heads, D] of queries [1, heads, T, D] to keys and values [1, key heads, T, D]."""
+    """Attention [1, T, heads, D] of queries [1, heads, T, D] to keys and values [1, key heads, T, D].
+
+    Under autocast in its precision, as SDPA: positions leave queries and keys in float32.
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     compute: Any = _compiled() if query.device.type == "cuda" else flex_attention
     shared = query.shape[1] != key.shape[1]
     found = compute(

@@ -23,6 +23,7 @@ from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 16 * 2**20  # logits held at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
+ON_CARDS = 8  # times as many
 
 
 class _Handed(BaseModelOutputWithPast):
@@ -84,6 +85,7 @@ class Policy(nn.Module):
         self.layout: Layout = layout
         self.temperature = 1.0
         self.segments = False  # attention piece by piece: once it is proven
+        self._by_blocks = False  # whether the last tree pass was by FlexAttention
         self.train(hf.training)
 
     @property
@@ -114,8 +116,9 @@ class Policy(nn.Module):
 
     @property
     def chunk(self) -> int:
-        """Positions whose logits are held at once."""
-        return max(1, CHUNK_LOGITS // self.inner.config.get_text_config().vocab_size)
+        """Positions whose logits are held at once: more on graphics cards, whose products are slow if they are small."""
+        held = CHUNK_LOGITS * (ON_CARDS if self.device.type == "cuda" else 1)
+        return max(1, held // self.inner.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def divergence(self, other: Policy, row: Row) -> torch.Tensor:
@@ -141,6 +144,7 @@ class Policy(nn.Module):
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
         carrier = self._carrier(row.ids.device)
+        self._by_blocks = carrier is flex.carrier
         if carrier is not None:
             row = segments.in_line(row)
         with segments.read_at(backbone, row.src, len(row.ids)):
@@ -164,8 +168,8 @@ class Policy(nn.Module):
 
     @property
     def attention(self) -> str:
-        """What computes attention, by transformers' name."""
-        blocks = self.layout == "tree" and self._carrier(self.device) is flex.carrier
+        """What computed attention in the last pass, by transformers' name."""
+        blocks = self.layout == "tree" and self._by_blocks
         return "flex_attention" if blocks else self.inner.config._attn_implementation
 
     def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
