@@ -33,7 +33,7 @@ import torch
 from contest import Contest, Settings
 
 HERE = Path(__file__).parent
-MODULES = ["sft", "dpo", "reward", "grpo", "rollouts"]
+MODULES = ["sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation"]
 
 
 class Worker:
