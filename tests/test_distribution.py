@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from temper.errors import ModelError
+from temper.models.products import sound
 from temper.rollouts import distribution, products
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.distribution import CANDIDATES, draw, uniforms, warped
@@ -169,7 +170,7 @@ def test_packed_linears_give_the_same_and_leave_no_trace(rows: int, bias: bool) 
     layer, x = torch.nn.Linear(96, 400, bias=bias).requires_grad_(False), torch.randn(rows, 1, 96)
     exact = exactly(layer, x)
     with products.packed_linears(layer):
-        assert ("forward" in vars(layer)) == products._sound(torch.float32)
+        assert ("forward" in vars(layer)) == sound(torch.float32)
         got = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # not what was packed for
             assert layer(x).dtype == torch.bfloat16
@@ -219,5 +220,5 @@ def test_a_machine_whose_packed_products_are_coarse_or_missing_keeps_the_usual_o
     for name, kind in (("coarse", lambda w, rows: pack(w.bfloat16().to(w.dtype), rows)), ("missing", missing)):
         with monkeypatch.context() as patch:
             patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", kind)
-            assert not products._sound.__wrapped__(torch.float32), name
-    assert not products._sound(torch.float16)
+            assert not sound.__wrapped__(torch.float32), name
+    assert not sound(torch.float16)

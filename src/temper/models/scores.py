@@ -19,11 +19,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from temper.errors import ModelError
 from temper.models import flex, segments
 from temper.models.attention import Carrier, refuses_trees, smallest_window, tree_mask
+from temper.models.products import by_onednn
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
-CHUNK_LOGITS = 16 * 2**20  # logits held at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
-ON_CARDS = 8  # times as many
+CHUNK_LOGITS = 32 * 2**20  # logits held at once, 32 M: 128 MiB in float32, whatever the vocabulary
+ON_CARDS = 4  # times as many
 
 
 class _Handed(BaseModelOutputWithPast):
@@ -69,6 +70,36 @@ def head_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return model._modules[name], twin  # type: ignore[return-value]
 
 
+class _Scored(torch.autograd.Function):
+    """Scores of tokens by a head that is not trained: no logits are kept, and none are made again.
+
+    A token's score hears of its own hidden state alone, so its gradient is a row that the forward pass can lay by,
+    whatever it will be multiplied by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, score: Callable[..., torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        with torch.enable_grad():
+            states = hidden.detach().requires_grad_()
+            found = score(states, targets)
+            (slopes,) = torch.autograd.grad(found.sum(), states)
+        ctx.save_for_backward(slopes)
+        return found.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (gradients[0][:, None] * slopes).to(slopes.dtype), None, None
+
+
+def _trained(model: PreTrainedModel) -> bool:
+    """Whether anything of the head is trained: whatever is no part of the backbone."""
+    backbone = set(map(id, head_of(model)[0].parameters()))
+    out = model.get_output_embeddings()  # may share its weights with the embeddings
+    tied = out is not None and any(p.requires_grad for p in out.parameters())
+    return tied or any(p.requires_grad for p in model.parameters() if id(p) not in backbone)
+
+
 class Policy(nn.Module):
     """A causal language model that scores rows of trees.
 
@@ -99,6 +130,10 @@ class Policy(nn.Module):
 
     def forward(self, row: Row) -> torch.Tensor:
         """Log-probability of every scored token given its path, float32 [S], in the order of `row.tgt`."""
+        with by_onednn(self.hf):
+            return self._scored(row)
+
+    def _scored(self, row: Row) -> torch.Tensor:
         hidden, logits = self._hidden(row)
         scored = len(row.tgt)
         # The head's matrix products, too, come in few shapes: see `trees.ROUND`.
@@ -107,9 +142,12 @@ class Policy(nn.Module):
         targets = functional.pad(row.ids.index_select(0, row.tgt), (0, more))
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return -functional.cross_entropy(logits(h), t, reduction="none")
+            with by_onednn(self.inner):  # again, for when a chunk is computed anew in the backward pass
+                return -functional.cross_entropy(logits(h), t, reduction="none")
 
         pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
+        if torch.is_grad_enabled() and hidden.requires_grad and not _trained(self.inner):
+            return torch.cat([_Scored.apply(h, t, score) for h, t in pieces])[:scored]  # type: ignore[misc]
         if torch.is_grad_enabled() and len(pieces) > 1:  # one chunk alone is no more to keep than to make again
             return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])[:scored]  # type: ignore[misc]
         return torch.cat([score(h, t) for h, t in pieces])[:scored]
@@ -136,7 +174,7 @@ class Policy(nn.Module):
         backbone, head = head_of(model)
 
         def logits(h: torch.Tensor) -> torch.Tensor:
-            found = head(inputs_embeds=h[None], use_cache=False).logits[0].float()
+            found = head(inputs_embeds=h[None], use_cache=False).logits.squeeze(0).float()
             return found if self.temperature == 1 else found / self.temperature
 
         hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
+from temper.models.products import product, sound
+
 SMALL = 1 << 14  # weights with fewer elements gain nothing
-DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative error of a sound product
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
             if type(layer) is not torch.nn.Linear or "forward" in vars(layer) or layer.weight.device.type != "cpu":
                 continue
             dtype = kind or layer.weight.dtype
-            if layer.weight.numel() < SMALL or not _sound(dtype):
+            if layer.weight.numel() < SMALL or not sound(dtype):
                 continue
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), None)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
@@ -45,31 +46,4 @@ def _packed(layer: torch.nn.Linear, packed: torch.Tensor, bias: torch.Tensor | N
     if dtype != packed.dtype:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     # not an operation that autocast knows, so it computes in the type it is given
-    return torch.ops.mkldnn._linear_pointwise.default(x.to(dtype), packed, bias, "none", [], "")
-
-
-@functools.cache
-def _sound(dtype: torch.dtype) -> bool:
-    """Whether this machine multiplies by packed weights, and right: float64 says so, in the shapes of a step and a prefill."""
-    if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.autocast("cpu", enabled=False), torch.no_grad():
-            for rows, inputs, outputs in ((1, 512, 256), (8, 256, 1024), (256, 512, 256)):
-                x, w, b = (
-                    torch.randn(*shape, generator=generator).to(dtype)
-                    for shape in ((rows, 1, inputs), (outputs, inputs), (outputs,))
-                )
-                packed = torch.ops.mkldnn._reorder_linear_weight(w, None)
-                got = torch.ops.mkldnn._linear_pointwise(x, packed, b, "none", [], "")
-                exact = torch.nn.functional.linear(x.double(), w.double(), b.double())
-                if got.shape != exact.shape or float((got - exact).norm() / exact.norm()) > DTYPES[dtype]:
-                    return False
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # built without it, or too old a processor for this type
-        return False
-    return True
+    return product(x.to(dtype), packed, bias)
