@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
 
 import temper
-from preferred import ids, labelled, model_at, pairs, recipe, records, run, words
+from preferred import ids, labelled, model_at, pairs, recipe, records, run, text, words
 from staged_runs import Workshop, lines_of, weights
 from temper.data.chat import Encoder, Format
 from temper.errors import DataError, ModelError, RecipeError, RunError, TrainingError
@@ -145,8 +147,12 @@ def test_long_pairs_are_dropped_with_a_count_and_cut_where_asked() -> None:
     ] and note == "2 longer than 6 tokens cut; 1 of them had nothing left to compare"
     with pytest.raises(DataError, match=r"2 pairs have more than 6[\s\S]*rows.jsonl:2"):
         couples.fitted(some, 6, "error")
-    with pytest.raises(DataError, match=r"at most 3 tokens \(the shortest has 4\)"):
-        couples.fitted(some, 3, "drop")
+    with pytest.raises(DataError, match=r"at most 3 tokens \(the shortest has 4\)[\s\S]*a larger max_length"):
+        couples.fitted(some, 3, "drop", context=9)
+    for way in ("drop", "error"):  # what the model cannot take is not offered
+        with pytest.raises(DataError) as caught:
+            couples.fitted(some, 3, way, context=3)
+        assert "max_length" not in str(caught.value)
 
 
 # The loss, against passes of single answers
@@ -459,6 +465,44 @@ def test_validation_is_not_cut_and_long_pairs_are_counted(base: Path, tmp_path: 
         f"40 in, {40 - dropped} trained on; {dropped} longer than 16 tokens dropped; 8 for validation"
         in info["summary"]
     )
+
+
+def stretched(every: int = 3) -> list[dict[str, Any]]:
+    """Pairs of which each `every`th has a rejected answer of 136 words."""
+    return [p if k % every else {**p, "rejected": text(*[*range(40, 55)] * 9, k + 3)} for k, p in enumerate(pairs())]
+
+
+def test_validation_past_the_context_is_scored_in_full_where_positions_go_on(tmp_path: Path) -> None:
+    short = model_at(tmp_path / "short", max_position_embeddings=24)
+    stage = run(tmp_path, short, stretched(), max_steps=1, lr=1e-12)
+    rows = pyarrow.parquet.read_table(stage.parent / "rows" / "data" / "validation.parquet").to_pylist()
+    long = sum(len(r["rejected"].split()) > 24 for r in rows)
+    assert long and len(rows) == 8
+    info = read_json(stage / "stage.json")
+    assert "8 for validation" in info["summary"]
+    assert any(f"{long} of 8 validation rows are longer than the model's context (24" in w for w in info["warnings"])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval(), words()
+    want = []
+    for row in rows:  # the answer and its end token after the prompt, one sequence at a time
+        prompt, answer = (ids(row[k], tokenizer) for k in ("prompt", "rejected"))
+        whole = torch.tensor([[1, *prompt, *answer, 2]])
+        with torch.no_grad():
+            logps = model(whole).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt), whole.shape[1] - 1)
+        want.append(logps[at, whole[0, at + 1]].sum().item())
+    [line] = [x for x in lines_of(stage / "metrics.jsonl") if "validation_loss" in x]
+    assert line["validation_logp_rejected"] == pytest.approx(np.mean(want), rel=1e-5)
+
+
+def test_validation_past_the_last_position_is_counted_apart(tmp_path: Path) -> None:
+    tabled = model_at(tmp_path / "tabled", "gpt2")  # 128 places
+    info = read_json(run(tmp_path / "a", tabled, stretched(), max_steps=1) / "stage.json")
+    [told] = [w for w in info["warnings"] if "validation rows" in w]
+    lost = int(told.split()[0])
+    assert "cannot be scored" in told and f"; {8 - lost} for validation" in info["summary"] and lost > 0
+    short = model_at(tmp_path / "short", max_position_embeddings=24)
+    with pytest.raises(ModelError, match=r"takes 128 tokens, and the longest validation pair[\s\S]*longer_than: 128"):
+        run(tmp_path / "b", short, stretched(), max_steps=1, reference=str(tabled))
 
 
 @pytest.mark.parametrize(

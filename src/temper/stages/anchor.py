@@ -49,17 +49,24 @@ class Other:
 
 
 def opened(
-    job: Job, stage: TrainingStage, name: str, tokenizer: Any, policy: Policy, precision: str, length: int
+    job: Job,
+    stage: TrainingStage,
+    name: str,
+    tokenizer: Any,
+    policy: Policy,
+    precision: str,
+    longest: Mapping[str, int],
 ) -> Other:
     """Another model as the reference.
 
     Args:
         name: a stage, base, a folder or a hub id.
         tokenizer: the policy's.
-        length: tokens of the longest path to come.
+        longest: tokens of the longest path of each split.
 
     Raises:
-        ModelError: its tokenizer is another one, or its context is too short.
+        ModelError: its tokenizer is another one, its context is too short for training, or its positions end before a
+            validation row does.
     """
     source = job.model(name)
     theirs = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
@@ -72,12 +79,18 @@ def opened(
     )  # fmt: skip
     for notice in notices:
         job.warn(notice)
-    made = Other(hf, stage.layout, length, precision, policy.device)
-    room = load.context(made.policy.inner)
-    if room is not None and length > room:
+    made = Other(hf, stage.layout, max(longest.values()), precision, policy.device)
+    room, reach = load.context(made.policy.inner), load.reach(made.policy.inner)
+    if room is not None and longest["train"] > room:
         raise ModelError(
-            f"the reference {name} takes {room} tokens, and the longest pair has {length}",
+            f"the reference {name} takes {room} tokens, and the longest pair has {longest['train']}",
             do=f"max_length: {room}, or another reference",
+        )
+    if reach is not None and longest["validation"] > reach:
+        raise ModelError(
+            f"the reference {name} takes {reach} tokens, and the longest validation pair, which is not cut, has "
+            f"{longest['validation']}",
+            do=f"drop: {{longer_than: {reach}}} in the data stage, or another reference",
         )
     return made
 

@@ -169,8 +169,11 @@ def lent(couples: list[Couple], limit: int) -> list[Couple]:
     return [c if c.desirable is None else dataclasses.replace(c, second=_cut(c.second, limit)) for c in couples]
 
 
-def fitted(couples: list[Couple], limit: int, too_long: str) -> tuple[list[Couple], str]:
+def fitted(couples: list[Couple], limit: int, too_long: str, *, context: int | None = None) -> tuple[list[Couple], str]:
     """Couples both of whose paths are within `limit` tokens, and a sentence on those that were not.
+
+    Args:
+        context: the model's; a limit that it sets cannot be raised.
 
     Raises:
         DataError: nothing is left, or `too_long: error` met a long one.
@@ -180,7 +183,7 @@ def fitted(couples: list[Couple], limit: int, too_long: str) -> tuple[list[Coupl
         raise DataError(
             f"{len(long)} pairs have more than {limit} tokens",
             where=long[0].where,
-            do="too_long: drop or cut, or a larger max_length",
+            do="too_long: drop or cut" + ("" if limit == context else ", or a larger max_length"),
         )
     if too_long == "cut":
         couples = [dataclasses.replace(c, first=_cut(c.first, limit), second=_cut(c.second, limit)) for c in couples]
@@ -188,7 +191,8 @@ def fitted(couples: list[Couple], limit: int, too_long: str) -> tuple[list[Coupl
     if not kept:
         raise DataError(
             f"no pair has at most {limit} tokens (the shortest has {min(c.length for c in couples)})",
-            do="raise max_length, or too_long: cut",
+            do="too_long: cut, or "
+            + ("a model that takes more: its context ends there" if limit == context else "a larger max_length"),
         )
     note = f"none longer than {limit} tokens" if limit < NO_LIMIT else "no limit on length"
     if long:

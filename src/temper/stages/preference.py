@@ -113,7 +113,9 @@ class Preference(TrainingStage, Validated):
         tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
         encoder = Encoder(tokenizer, format_of(job, self.data))
         read = self._read(job, objective, records, encoder)
-        policy, tokenizer, source, precision = open_policy(job, self, max(c.length for c in read["train"]))
+        policy, tokenizer, source, precision = open_policy(
+            job, self, max(c.length for some in read.values() for c in some)
+        )
         if not self.dropout:
             load.no_dropout(policy.hf)  # a reference, or a ratio, under dropout is another model's
         kept, lines = self._fit(job, policy, read)
@@ -154,14 +156,26 @@ class Preference(TrainingStage, Validated):
         return found
 
     def _fit(self, job: Job, policy: Policy, read: Read) -> tuple[Read, list[str]]:
-        """The couples that are trained on and those for validation, which are never cut; and a line on them."""
+        """The couples that are trained on and those for validation, which are never cut; and a line on them.
+
+        Couples for validation past the model's context are scored in full wherever positions go on.
+        """
         context = load.context(policy.inner) or NO_LIMIT
+        reach = load.reach(policy.inner) or NO_LIMIT
         limit = min(self.max_length or NO_LIMIT, context)
-        train, note = couples.fitted(couples.lent(read["train"], limit), limit, self.too_long)
+        train, note = couples.fitted(couples.lent(read["train"], limit), limit, self.too_long, context=context)
         held = couples.lent(read["validation"], context)
-        whole = [c for c in held if c.length <= context and couples.comparable(c)]
+        whole = [c for c in held if c.length <= reach and couples.comparable(c)]
         if lost := len(held) - len(whole):
-            job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
+            job.warn(
+                f"{lost} of {len(held)} validation rows are longer than the model's context ({context} tokens), where its "
+                "positions end: they cannot be scored"
+            )
+        if far := sum(c.length > context for c in whole):
+            job.warn(
+                f"{far} of {len(held)} validation rows are longer than the model's context ({context} tokens; its positions "
+                "go on, so they are scored in full, farther than it was trained to look)"
+            )
         if dropped := len(read["train"]) - len(train):
             job.facts["dropped as too long"] = dropped
         if moved := sum(c.first.moved_seam or c.second.moved_seam for c in train):
@@ -192,7 +206,7 @@ class Preference(TrainingStage, Validated):
                 f"the model before training ({'asked once, and kept' if self.reference_kept else how})"
             )
             return own, True
-        longest = max(c.length for some in kept.values() for c in some)
+        longest = {s: max((c.length for c in some), default=0) for s, some in kept.items()}
         job.facts["reference"] = self.reference + (" (asked once, and kept)" if self.reference_kept else "")
         return anchor.opened(job, self, self.reference, tokenizer, policy, precision, longest), False
 
