@@ -341,6 +341,10 @@ def test_what_is_no_model_in_another_run_is_told(models: Path, other_run: Path, 
     [
         ({"metrics": [{"win_rate": {"against": "sft", "judge": "http://localhost/v1#m"}}]}, "not among the models"),
         ({"metrics": [{"win_rate": {"against": "base", "judge": "gpt2"}}]}, "neither reward_model nor an endpoint"),
+        (
+            {"metrics": [{"win_rate": {"against": "base", "judge": "gpt2"}}], "reward_model": "rm"},
+            "neither reward_model nor",
+        ),
         ({"metrics": [{"win_rate": {"against": "base"}}]}, "asks a reward model, and none is named"),
         ({"metrics": ["win_rate"]}, "needs «against»"),
         ({"metrics": ["loss"], "reference": "base"}, "neither preference_accuracy nor margin"),
@@ -353,6 +357,24 @@ def test_bad_input_is_told_before_anything_runs(stage: dict[str, Any], said: str
         run(tmp_path, ROWS, models / "one", **({"models": ["base"]} | stage))
     assert said in f"{caught.value} {caught.value.do}"
     assert not (tmp_path / "run" / "look").exists()
+
+
+@pytest.mark.parametrize(("base", "reference"), [("tabled", "one"), ("one", "tabled")])
+def test_a_row_that_model_or_reference_cannot_score_is_no_other_tokenizer(
+    base: str, reference: str, models: Path, tmp_path: Path
+) -> None:
+    rows = [*ROWS, LONG, {**LONG, "q": "Which ones?"}]
+    look = run(tmp_path, rows, models / base, models=["base"], metrics=["margin"], reference=str(models / reference))
+    short = [r for r in rows_asked(look) if r["rejected"] != LONG["bad"]]
+    assert len(short) < len(rows) - 1
+
+    def margin(model: str, r: dict[str, Any]) -> float:
+        chosen, rejected = (by_transformers(models / model, r["prompt"], r[side])[0] for side in ("chosen", "rejected"))
+        return chosen - rejected
+
+    want = np.mean([margin(base, r) - margin(reference, r) for r in short])
+    found = read_json(look / "evaluation.json")["models"]["base"]["implicit_margin"]
+    assert found["n"] == len(short) and found["value"] == pytest.approx(want, abs=1e-4)
 
 
 def test_rows_without_two_answers_and_another_tokenizer(models: Path, tmp_path: Path) -> None:

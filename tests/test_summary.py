@@ -106,3 +106,16 @@ def test_answers_that_hardly_depend_on_the_question(predictions: list[str], refe
     outputs = Outputs(["?"] * len(predictions), predictions, references, [True] * len(predictions))
     found = list(summary.oddities("m", outputs))
     assert len(found) == len(said) and all(f.startswith(s) for f, s in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ended", "says"),
+    [
+        ([True, True, True, False], "it ends before it says anything"),
+        ([False, False, True, True], "up to max_new_tokens in 2 of them"),
+    ],
+)
+def test_why_answers_are_empty(ended: list[bool], says: str) -> None:
+    """The first three are; those that did not end went on, and wrote no text."""
+    [told] = summary.oddities("m", Outputs(["?"] * 4, ["", "", "", "a"], ["w", "x", "y", "z"], ended))
+    assert says in told

@@ -163,7 +163,7 @@ class Duel:
             raise ModelError(
                 f"no verdict of the judge could be read; it was asked for FIRST, SECOND or EQUAL and said {next(iter(unread))[:SHOWN]!r}",
                 where=str(self.at),
-                do="name a model that follows instructions; what it was asked stands in docs/recipes.md",
+                do="name a model that follows instructions; what it was asked stands in stages/duel.py of Temper's source",
             )
         turned = sum(pair in ((1, 1), (-1, -1)) for pair in both)
         parts = [

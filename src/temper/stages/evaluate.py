@@ -108,14 +108,14 @@ class Evaluate(Stage):
                     raise ValueError(
                         f"expect names the {what} «{name}», which is not evaluated; {nearest(name, known)}"
                     )
+        if options := metrics.asks_of_judge(self.metrics):
+            duel.check(options, self.models)
         judging.check_reward_model(
             self.reward_model,
             self.reward_label,
             asked=metrics.asks_of_reward_model(self.metrics),
-            by="the metric reward, or win_rate with judge: reward_model,",
+            by="the metric reward (or win_rate with judge: reward_model)",
         )
-        if options := metrics.asks_of_judge(self.metrics):
-            duel.check(options, self.models)
         if self.reference is not None and not metrics.needs_pairs(self.metrics):
             raise ValueError(
                 f"reference: {self.reference} is named, and neither preference_accuracy nor margin is asked for"
@@ -205,12 +205,12 @@ class Evaluate(Stage):
             pairs, tokens = answering.preferences_of(self.reference)
             told = answering.identity(self.reference)
             for name, out in outputs.items():
-                if not np.array_equal(
-                    np.where(np.isnan(pairs), 0, tokens), np.where(np.isnan(pairs), 0, out.pair_tokens)
-                ):
+                assert out.pairs is not None and out.pair_tokens is not None
+                both = ~(np.isnan(pairs) | np.isnan(out.pairs))  # a row that either cannot score says nothing
+                if not np.array_equal(tokens[both], out.pair_tokens[both]):
                     raise ModelError(
                         f"{self.reference}, the reference, and {name} have different tokenizers: they count other tokens in the same answers",
-                        do="name a reference with the tokenizer of the models that are evaluated",
+                        do="name a reference with the tokenizer of the models that are evaluated, or leave reference out",
                     )
                 outputs[name] = dataclasses.replace(out, reference_pairs=pairs, reference=told)
         outputs, apart = scoring.set_apart(outputs, answering.reaches)

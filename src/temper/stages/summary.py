@@ -30,10 +30,12 @@ def oddities(name: str, outputs: Outputs) -> Iterator[str]:
     answers, references = Counter(outputs.predictions), Counter(outputs.references)
     empty = answers.pop("", 0)
     if empty > n / 2:
-        yield (
-            f"{empty} of {n} answers of {name} are empty: it ends before it says anything. Is it asked in the form it was "
-            "trained in (format), and does its tokenizer put an end token after the prompt?"
-        )
+        mute = sum(not text and not ended for text, ended in zip(outputs.predictions, outputs.ended, strict=True))
+        if mute > empty / 2:  # white space, or tokens that are no text, up to the limit
+            why = f"it writes nothing but white space or special tokens up to max_new_tokens in {mute} of them. Is it"
+        else:
+            why = "it ends before it says anything. Does its tokenizer put an end token after the prompt, and is it"
+        yield f"{empty} of {n} answers of {name} are empty: {why} asked in the form it was trained in (format)?"
     text, times = next(iter(answers.most_common(1)), ("", 0))
     usual = max(references.values(), default=0)
     if times > n / 2 and (usual <= n / 4 or (times == n and usual < n)):
