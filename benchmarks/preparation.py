@@ -71,27 +71,37 @@ def made(which: str, folder: Path, settings: Settings) -> Side:
     return Temper(examples) if which == "temper" else Trl(folder, examples, asked)
 
 
-class Temper:
-    """What the stage `sft` does between reading its rows and its first step, and the micro-batches of an epoch."""
-
-    flops = 0.0
+class Prepared:
+    """What the stage `sft` does between reading its rows and its first step."""
 
     def __init__(self, examples: list[dict[str, Any]]) -> None:
         from temper.types import Record
 
         self.tokenizer = tokenizer(examples)
         self.records = [Record(row, f"rows.jsonl:{k}") for k, row in enumerate(examples, 1)]
-        self.epoch()
-        self.tokens = int(self.batches.trees.sizes.sum())
 
-    def epoch(self) -> None:
+    def prepared(self) -> Any:
         from temper.data.chat import Encoder, Format
         from temper.engine.batches import Batches
         from temper.stages.sft import fitted, in_chains
 
         encoder = Encoder(self.tokenizer, Format())
         trees, _ = fitted(in_chains(encoder, self.records)[0], LENGTH, "error")
-        self.batches = Batches(trees, BATCH, row_tokens=LENGTH, micro_tokens=8 * LENGTH, seed=0)
+        return Batches(trees, BATCH, row_tokens=LENGTH, micro_tokens=8 * LENGTH, seed=0)
+
+
+class Temper(Prepared):
+    """The same, and the micro-batches of an epoch."""
+
+    flops = 0.0
+
+    def __init__(self, examples: list[dict[str, Any]]) -> None:
+        super().__init__(examples)
+        self.epoch()
+        self.tokens = int(self.batches.trees.sizes.sum())
+
+    def epoch(self) -> None:
+        self.batches = self.prepared()
         self.scored = sum(len(row.tgt) for k in range(self.batches.per_epoch) for row in self.batches.rows(k))
 
     def loss(self) -> float:
