@@ -1,6 +1,7 @@
 # make quickstart   install, and run the smallest whole recipe: data → base → SFT → GRPO → evaluation → report
 # make test         install, and run the tests
 # make check        the mini profiles with the statistical claims they make (minutes)
+# make bench        Temper beside TRL and transformers, in turns (hours; ONLY=dpo: the contests whose names begin so)
 # make lint         ruff and pyright
 # make install      install only
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Two torch processes that spin against each other run many times slower: wait passively, one thread a test process.
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart install test check lint clean
+.PHONY: quickstart install test check bench lint clean
 
 quickstart: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/temper run detox-summarization --profile mini
@@ -24,6 +25,9 @@ test: .venv/installed-dev
 check: .venv/installed-dev
 	$(QUIET) $(BIN)/pytest -m claims -s tests/test_claims.py
 
+bench: .venv/installed-bench
+	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(BENCH)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/pyright
@@ -37,6 +41,10 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@touch $@
 
 clean:

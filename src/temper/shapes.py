@@ -23,7 +23,7 @@ from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.errors import ModelError
 from temper.models import load
-from temper.models.scores import CHUNK_LOGITS
+from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
 from temper.stages.data import TEMPLATES, Data
@@ -122,7 +122,7 @@ def activation_bytes(size: Size, tokens: float, *, recompute: bool) -> float:
     kept = sum(a for a, _ in size.linear) * 2 + 6 * size.hidden * size.layers  # inputs of products, and what is between
     if recompute:
         kept = size.hidden * size.layers + kept / size.layers
-    return 4 * tokens * kept + 4 * 3 * min(tokens * size.vocabulary, CHUNK_LOGITS)
+    return 4 * tokens * kept + 4 * (2 + KEPT) * min(tokens * size.vocabulary, CHUNK_LOGITS)
 
 
 @functools.cache

@@ -23,8 +23,9 @@ from temper.models.products import by_onednn
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
-CHUNK_LOGITS = 32 * 2**20  # logits held at once, 32 M: 128 MiB in float32, whatever the vocabulary
-ON_CARDS = 4  # times as many
+CHUNK_LOGITS = 16 * 2**20  # logits made at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
+ON_CARDS = 8  # times as many
+KEPT = 2  # chunks that a head that is trained may keep for the backward pass; of more each is made again
 
 
 class _Handed(BaseModelOutputWithPast):
@@ -148,7 +149,7 @@ class Policy(nn.Module):
         pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
         if torch.is_grad_enabled() and hidden.requires_grad and not _trained(self.inner):
             return torch.cat([_Scored.apply(h, t, score) for h, t in pieces])[:scored]  # type: ignore[misc]
-        if torch.is_grad_enabled() and len(pieces) > 1:  # one chunk alone is no more to keep than to make again
+        if torch.is_grad_enabled() and len(pieces) > KEPT:
             return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in pieces])[:scored]  # type: ignore[misc]
         return torch.cat([score(h, t) for h, t in pieces])[:scored]
 
