@@ -133,6 +133,7 @@ def test_where_every_checkpoint_is_torn_the_stage_begins_anew_and_says_what_it_l
     assert ended["status"] == 0, ended["traceback"]
     told = read_json(folder / "sft" / "stage.json")["warnings"]
     assert [n for n in (4, 6) if any(f"checkpoint step-{n} is damaged" in w for w in told)] == [4, 6]
+    assert any("training begins again, at step 0" in w for w in told)
     assert "left out: a half-written checkpoint (step-8)" in log_of(folder)
     assert "goes on from step" not in log_of(folder).rsplit("left out", 1)[1]
     assert weights(folder) == weights(untroubled)

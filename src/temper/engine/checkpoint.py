@@ -106,6 +106,8 @@ def latest(root: Path, warn: Any) -> tuple[Path, dict[str, Any]] | None:
             return folder, read_json(folder / "state.json")
         warn(f"checkpoint {folder.name} is damaged ({wrong}); going back to an earlier one")
         shutil.rmtree(folder)
+    if found:
+        warn("no checkpoint is whole: training begins again, at step 0")
     return None
 
 

@@ -27,7 +27,7 @@ from temper.stages.comparison import Comparison, Objective
 from temper.stages.couples import Couple
 from temper.stages.seen import note_trained_on
 from temper.stages.sft import NO_LIMIT, format_of
-from temper.stages.training import TrainingStage, finish, open_policy, read_split, summarise
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
 from temper.trees import Row, Tree, rows_of
 from temper.types import Record
 
@@ -161,21 +161,11 @@ class Preference(TrainingStage, Validated):
         Couples for validation past the model's context are scored in full wherever positions go on.
         """
         context = load.context(policy.inner) or NO_LIMIT
-        reach = load.reach(policy.inner) or NO_LIMIT
         limit = min(self.max_length or NO_LIMIT, context)
         train, note = couples.fitted(couples.lent(read["train"], limit), limit, self.too_long, context=context)
         held = couples.lent(read["validation"], context)
-        whole = [c for c in held if c.length <= reach and couples.comparable(c)]
-        if lost := len(held) - len(whole):
-            job.warn(
-                f"{lost} of {len(held)} validation rows are longer than the model's context ({context} tokens), where its "
-                "positions end: they cannot be scored"
-            )
-        if far := sum(c.length > context for c in whole):
-            job.warn(
-                f"{far} of {len(held)} validation rows are longer than the model's context ({context} tokens; its positions "
-                "go on, so they are scored in full, farther than it was trained to look)"
-            )
+        within = scorable(job, policy, [c.length for c in held])
+        whole = [c for c, can in zip(held, within, strict=True) if can and couples.comparable(c)]
         if dropped := len(read["train"]) - len(train):
             job.facts["dropped as too long"] = dropped
         if moved := sum(c.first.moved_seam or c.second.moved_seam for c in train):

@@ -22,7 +22,7 @@ from temper.recipe import DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.stages.seen import note_trained_on
-from temper.stages.training import TrainingStage, finish, open_policy, read_split, summarise
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 
@@ -53,10 +53,12 @@ class Sft(TrainingStage, Validated):
         encoder = Encoder(tokenizer, format_of(job, self.data))
         encoded, moved = in_chains(encoder, records)
         held_encoded = encoder.encode(held)
-        policy, tokenizer, source, precision = open_policy(job, self, int(encoded.sizes.max()))
+        longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
+        policy, tokenizer, source, precision = open_policy(job, self, longest)
         context = load.context(policy.inner) or NO_LIMIT
         trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
-        held_trees = [tree_of(e) for e in held_encoded if len(e.ids) <= context]  # validation is never cut
+        within = scorable(job, policy, [len(e.ids) for e in held_encoded])
+        held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
         note_trained_on(job, records)
         if not is_text(records[0].row):
             job.facts["written_as"] = encoder.description
@@ -69,8 +71,6 @@ class Sft(TrainingStage, Validated):
             f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",
             f"written as: {'the text and an end token' if is_text(records[0].row) else encoder.description}",
         ]
-        if lost := len(held) - len(held_trees):
-            job.warn(f"{lost} validation rows are longer than the model's context ({context}) and cannot be scored")
         if moved:
             job.warn(
                 f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; "

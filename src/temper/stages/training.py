@@ -130,6 +130,25 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
     note_used(job, policy, precision, text)
 
 
+def scorable(job: Job, policy: Policy, lengths: Sequence[int]) -> np.ndarray:
+    """Which validation rows of so many tokens the model can score, bool [N]: none is cut, and past the context positions
+    that are computed as they come go on. Tells how many it cannot, and how many lie farther than it was trained to look."""
+    context, reach = load.context(policy.inner), load.reach(policy.inner)
+    sizes = np.asarray(lengths, np.int64)
+    within = sizes <= reach if reach is not None else np.ones(len(sizes), bool)
+    if lost := int((~within).sum()):
+        job.warn(
+            f"{lost} of {len(sizes)} validation rows are longer than the model's context ({context} tokens), where its "
+            "positions end: they cannot be scored"
+        )
+    if context is not None and (far := int((sizes[within] > context).sum())):
+        job.warn(
+            f"{far} of {len(sizes)} validation rows are longer than the model's context ({context} tokens; its positions "
+            "go on, so they are scored in full, farther than it was trained to look)"
+        )
+    return within
+
+
 def note_used(job: Job, policy: Policy, precision: str, proof: str) -> None:
     """Note for the report what is really used, and how large the model is."""
     hf, device = policy.inner, policy.device

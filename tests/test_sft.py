@@ -1,0 +1,48 @@
+"""The stage `sft`: what is validated of rows that are longer than the model was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from preferred import ids, model_at, pairs, run, text, words
+from staged_runs import lines_of
+from temper.runfolder import read_json
+
+ROWS = [
+    {"prompt": p["prompt"], "completion": p["chosen"] if k % 3 else text(*[*range(40, 55)] * 9, k + 3)}
+    for k, p in enumerate(pairs())
+]
+
+
+def test_validation_past_the_context_is_scored_in_full_where_positions_go_on(tmp_path: Path) -> None:
+    short = model_at(tmp_path / "short", max_position_embeddings=24)
+    stage = run(tmp_path, short, ROWS, stage="sft", max_steps=1, lr=1e-12)
+    rows = pyarrow.parquet.read_table(stage.parent / "rows" / "data" / "validation.parquet").to_pylist()
+    long = sum(len(r["completion"].split()) > 24 for r in rows)
+    info = read_json(stage / "stage.json")
+    assert long and len(rows) == 8 and "8 for validation" in info["summary"]
+    assert any(f"{long} of 8 validation rows are longer than the model's context (24" in w for w in info["warnings"])
+    model, tokenizer, losses = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval(), words(), []
+    for row in rows:  # the answer and its end token after the prompt, one sequence at a time
+        prompt, answer = (ids(row[k], tokenizer) for k in ("prompt", "completion"))
+        whole = torch.tensor([[1, *prompt, *answer, 2]])
+        with torch.no_grad():
+            logps = model(whole).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt), whole.shape[1] - 1)
+        losses += (-logps[at, whole[0, at + 1]]).tolist()
+    [line] = [x for x in lines_of(stage / "metrics.jsonl") if "validation_loss" in x]
+    assert line["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_validation_past_the_last_position_is_counted_apart(tmp_path: Path) -> None:
+    stage = run(tmp_path / "a", model_at(tmp_path / "tabled", "gpt2"), ROWS, stage="sft", max_steps=1)  # 128 places
+    info = read_json(stage / "stage.json")
+    [told] = [w for w in info["warnings"] if "validation rows" in w]
+    lost = int(told.split()[0])
+    assert "cannot be scored" in told and f"; {8 - lost} for validation" in info["summary"] and lost > 0
