@@ -23,6 +23,10 @@ def setup(wanted: str, threads: int | None) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
+    # oneDNN keeps a compiled kernel, with its buffers, for each of the last 1024 shapes, and torch's bridge to it as many:
+    # a gigabyte and more beside a model of 40 million parameters, and no time saved over these
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "128")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over all memory
     if wanted == "auto":
