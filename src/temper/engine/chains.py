@@ -22,13 +22,13 @@ class Chains(Sequence[Tree]):
     ([1, 2], [3], [2])
     """
 
-    def __init__(self, sequences: Iterable[tuple[Sequence[int], Sequence[bool], str]] = ()) -> None:
+    def __init__(self, sequences: Iterable[tuple[Sequence[int], Sequence[int], str]] = ()) -> None:
         self._ids, self._marks, self._stops = array("i"), bytearray(), array("q", [0])
         self._origins: list[str] = []
         for ids, marks, origin in sequences:
             self.add(ids, marks, origin)
 
-    def add(self, ids: Sequence[int], marks: Sequence[bool], origin: str) -> None:
+    def add(self, ids: Sequence[int], marks: Sequence[int], origin: str) -> None:
         self._ids.extend(ids)
         self._marks.extend(marks)
         self._stops.append(len(self._ids))

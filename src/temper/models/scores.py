@@ -209,7 +209,7 @@ class Policy(nn.Module):
     def attention(self) -> str:
         """What computed attention in the last pass, by transformers' name."""
         blocks = self.layout == "tree" and self._by_blocks
-        return "flex_attention" if blocks else self.inner.config._attn_implementation
+        return "flex_attention" if blocks else str(self.inner.config._attn_implementation)
 
     def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
         """The same numbers from separate right-padded sequences; a token that branches share is scored on the first."""

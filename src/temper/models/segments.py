@@ -139,7 +139,7 @@ def carrier(row: Row, own_rule: Callable[..., Any]) -> torch.Tensor:
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention [1, T, heads, D] by what the mask carries, segments or blocks, else transformers' own."""
     segments: Segments | None = getattr(attention_mask, "segments", None)
-    carried = getattr(attention_mask, "blocks", None)
+    carried: Any = getattr(attention_mask, "blocks", None)
     if segments is None and carried is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more

@@ -257,5 +257,5 @@ class Opened:
 
     policy: Policy
     encoder: Encoder
-    precision: devices.Precision
+    precision: str
     settled: bool = False

@@ -58,7 +58,7 @@ def check(expect: Sequence[Any], scores: dict[str, dict[str, Scores]], shown: di
         DataError: the first that is, or one that was not computed.
     """
     for e in expect:
-        found = scores[(shown or {}).get(e.model, e.model)]
+        found = scores[(shown or {}).get(e.model) or e.model]
         if e.metric not in found:
             raise RecipeError(
                 f"expect asks for «{e.metric}», which is not among the scores", do=nearest(e.metric, found)

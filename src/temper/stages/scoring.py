@@ -173,10 +173,12 @@ def _sums(
 def outputs_of(raw: dict[str, Any]) -> Outputs:
     """What `columns` made, filled in."""
     kinds = {"tokens": np.int64, "pair_tokens": np.int64}
-    arrays = {
+    arrays: dict[str, Any] = {
         name: None if raw[name] is None else np.array(raw[name], kinds.get(name, np.float64)) for name in ARRAYS
     }  # fmt: skip
-    plain = {name: raw[name] for name in ("prompts", "predictions", "references", "ended", "kl_to", "classifier")}
+    plain: dict[str, Any] = {
+        name: raw[name] for name in ("prompts", "predictions", "references", "ended", "kl_to", "classifier")
+    }
     return Outputs(**plain, **arrays, reward_models=tuple(raw["reward_models"]))
 
 
