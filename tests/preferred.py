@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import temper
@@ -62,6 +63,16 @@ def labelled(n: int = 48) -> list[dict[str, Any]]:
         {"prompt": p["prompt"], "completion": p["chosen" if k % 2 else "rejected"], "label": bool(k % 2)}
         for k, p in enumerate(pairs(n))
     ]
+
+
+def answer_logps(model: Any, row: dict[str, Any], answer: str) -> np.ndarray:
+    """Log-probability of every token of an answer and its end token after the prompt, by the model itself, alone."""
+    prompt, said = (ids(row[k], words()) for k in ("prompt", answer))
+    whole = torch.tensor([[1, *prompt, *said, 2]])
+    with torch.no_grad():
+        logps = model(whole).logits[0].log_softmax(-1)
+    at = torch.arange(len(prompt), whole.shape[1] - 1)
+    return logps[at, whole[0, at + 1]].numpy()
 
 
 def records(rows: list[dict[str, Any]]) -> list[Record]:

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 import temper
-from preferred import ids, labelled, model_at, pairs, recipe, records, run, text, words
+from preferred import answer_logps, ids, labelled, model_at, pairs, recipe, records, run, text, words
 from staged_runs import Workshop, lines_of, weights
 from temper.data.chat import Encoder, Format
 from temper.errors import DataError, ModelError, RecipeError, RunError, TrainingError
@@ -481,15 +481,8 @@ def test_validation_past_the_context_is_scored_in_full_where_positions_go_on(tmp
     info = read_json(stage / "stage.json")
     assert "8 for validation" in info["summary"]
     assert any(f"{long} of 8 validation rows are longer than the model's context (24" in w for w in info["warnings"])
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval(), words()
-    want = []
-    for row in rows:  # the answer and its end token after the prompt, one sequence at a time
-        prompt, answer = (ids(row[k], tokenizer) for k in ("prompt", "rejected"))
-        whole = torch.tensor([[1, *prompt, *answer, 2]])
-        with torch.no_grad():
-            logps = model(whole).logits[0].log_softmax(-1)
-        at = torch.arange(len(prompt), whole.shape[1] - 1)
-        want.append(logps[at, whole[0, at + 1]].sum().item())
+    model = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval()
+    want = [answer_logps(model, row, "rejected").sum() for row in rows]
     [line] = [x for x in lines_of(stage / "metrics.jsonl") if "validation_loss" in x]
     assert line["validation_logp_rejected"] == pytest.approx(np.mean(want), rel=1e-5)
 

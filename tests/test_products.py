@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from temper.models import scores
 from temper.models.products import by_onednn, sound
 from temper.models.scores import Policy
 from temper.trees import rounded
-from test_scores import compare, forest, with_adapter
-from tiny_models import VOCABULARY, build
+from test_scores import compare, forest, three_at_a_time, with_adapter
+from tiny_models import build
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -60,20 +58,7 @@ def test_other_precisions_and_replaced_layers_are_left_alone() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_a_frozen_head_makes_its_logits_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters, three positions at a time: each is made once and its slope laid by; a trained head makes it again."""
-    made: list[int] = []
-    head_of = scores.head_of
-
-    def watched(model: Any) -> Any:
-        backbone, head = head_of(model)
-
-        def head_and_note(*, inputs_embeds: torch.Tensor, **rest: Any) -> Any:
-            made.append(inputs_embeds.shape[1])
-            return head(inputs_embeds=inputs_embeds, **rest)
-
-        return backbone, head_and_note
-
-    monkeypatch.setattr(scores, "CHUNK_LOGITS", 3 * VOCABULARY + 1)
-    monkeypatch.setattr(scores, "head_of", watched)
+    made = three_at_a_time(monkeypatch)
     row, times = forest(), []
     for model in (with_adapter(build(family)), build(family)):
         compare(model, row, ["tree"])

@@ -220,10 +220,8 @@ def test_a_window_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         compare(model, forest(), ["tree"])
 
 
-def test_a_vocabulary_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    row, model = forest(), build("gemma2")
-    expected = Policy(model)(row)
-    slope = gradients(expected.sum(), model.parameters())
+def three_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Heads make the logits of three positions at once from here on; the list says of how many, each time."""
     sizes: list[int] = []
     head_of = scores.head_of
 
@@ -238,6 +236,14 @@ def test_a_vocabulary_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(scores, "CHUNK_LOGITS", 3 * VOCABULARY + 1)
     monkeypatch.setattr(scores, "head_of", watched)
+    return sizes
+
+
+def test_a_vocabulary_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, model = forest(), build("gemma2")
+    expected = Policy(model)(row)
+    slope = gradients(expected.sum(), model.parameters())
+    sizes = three_at_a_time(monkeypatch)
     with torch.no_grad():
         assert torch.allclose(Policy(model)(row), expected, atol=1e-6)
     assert max(sizes) == 3 and sum(sizes) == rounded(len(row.tgt))

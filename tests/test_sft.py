@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preferred import ids, model_at, pairs, run, text, words
+from preferred import answer_logps, model_at, pairs, run, text
 from staged_runs import lines_of
 from temper.runfolder import read_json
 
@@ -28,14 +28,8 @@ def test_validation_past_the_context_is_scored_in_full_where_positions_go_on(tmp
     info = read_json(stage / "stage.json")
     assert long and len(rows) == 8 and "8 for validation" in info["summary"]
     assert any(f"{long} of 8 validation rows are longer than the model's context (24" in w for w in info["warnings"])
-    model, tokenizer, losses = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval(), words(), []
-    for row in rows:  # the answer and its end token after the prompt, one sequence at a time
-        prompt, answer = (ids(row[k], tokenizer) for k in ("prompt", "completion"))
-        whole = torch.tensor([[1, *prompt, *answer, 2]])
-        with torch.no_grad():
-            logps = model(whole).logits[0].log_softmax(-1)
-        at = torch.arange(len(prompt), whole.shape[1] - 1)
-        losses += (-logps[at, whole[0, at + 1]]).tolist()
+    model = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float64).eval()
+    losses = -np.concatenate([answer_logps(model, row, "completion") for row in rows])
     [line] = [x for x in lines_of(stage / "metrics.jsonl") if "validation_loss" in x]
     assert line["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
