@@ -43,7 +43,7 @@ class Worker:
         order = {"module": module, "name": contest.name, "against": contest.against, "side": side, "threads": threads}
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", "TEMPER_BENCH_BASE": str(base),
-            "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(HERE),
+            "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent / "src"))),
         }  # fmt: skip
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process
         self.process = subprocess.Popen(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from temper.models.products import by_onednn, sound
+from temper.models.products import own_products, sound
 from temper.models.scores import Policy
 from temper.trees import rounded
 from test_scores import compare, forest, three_at_a_time, with_adapter
@@ -21,7 +21,7 @@ def test_values_and_gradients_are_those_of_float64(inputs: int, outputs: int, bi
     torch.manual_seed(0)
     layer, x = nn.Linear(inputs, outputs, bias=bias), torch.randn(2, 33, inputs, requires_grad=True)
     slope = torch.randn(2, 33, outputs)
-    with by_onednn(layer):
+    with own_products(layer):
         assert ("forward" in vars(layer)) == sound(torch.float32)
         got = layer(x)
     assert "forward" not in vars(layer) and got.shape == slope.shape
@@ -35,7 +35,7 @@ def test_values_and_gradients_are_those_of_float64(inputs: int, outputs: int, bi
 def test_frozen_weights_have_no_gradient_and_nothing_is_kept_for_them() -> None:
     layer, x = nn.Linear(64, 64), torch.randn(7, 64, requires_grad=True)
     layer.weight.requires_grad_(False)
-    with by_onednn(layer):
+    with own_products(layer):
         layer(x).sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is not None and x.grad is not None
 
@@ -44,12 +44,12 @@ def test_other_precisions_and_replaced_layers_are_left_alone() -> None:
     replaced, halves = nn.Linear(64, 64), nn.Linear(64, 64).bfloat16()
     replaced.forward = lambda x: x  # type: ignore[method-assign,assignment]
     x = torch.randn(4, 64)
-    with by_onednn(nn.ModuleList([replaced, halves])):
+    with own_products(nn.ModuleList([replaced, halves])):
         assert replaced(x) is x and halves(x.bfloat16()).dtype == torch.bfloat16
     layer = nn.Linear(64, 64)
-    with torch.autocast("cpu", torch.bfloat16), by_onednn(layer):
+    with torch.autocast("cpu", torch.bfloat16), own_products(layer):
         assert layer(x).dtype == torch.bfloat16
-    with by_onednn(layer):
+    with own_products(layer):
         assert layer(x.double().float()).dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16  # begun within

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from temper.errors import ModelError
 from temper.models import flex, segments
 from temper.models.attention import Carrier, refuses_trees, smallest_window, tree_mask
-from temper.models.products import by_onednn
+from temper.models.products import own_products
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
@@ -131,7 +131,7 @@ class Policy(nn.Module):
 
     def forward(self, row: Row) -> torch.Tensor:
         """Log-probability of every scored token given its path, float32 [S], in the order of `row.tgt`."""
-        with by_onednn(self.hf):
+        with own_products(self.hf):
             return self._scored(row)
 
     def _scored(self, row: Row) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Policy(nn.Module):
         targets = functional.pad(row.ids.index_select(0, row.tgt), (0, more))
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with by_onednn(self.inner):  # again, for when a chunk is computed anew in the backward pass
+            with own_products(self.inner):  # again, for when a chunk is computed anew in the backward pass
                 return -functional.cross_entropy(logits(h), t, reduction="none")
 
         pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
