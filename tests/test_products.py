@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 
+from temper.models.packed import packed_linears
 from temper.models.products import own_products, sound
 from temper.models.scores import Policy
 from temper.trees import rounded
@@ -67,3 +69,117 @@ def test_a_frozen_head_makes_its_logits_once(family: str, monkeypatch: pytest.Mo
         assert max(made) == 3
         times.append(sum(made) / rounded(len(row.tgt)))
     assert times == [1, 2]
+
+
+def adapted(*, r: int = 8, bias: bool = True, dora: bool = False) -> nn.Module:
+    """A network with two linear layers of one input, under LoRA that is not at its start."""
+    from peft import LoraConfig, get_peft_model
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down = (nn.Linear(a, b, bias=bias) for a, b in ((256, 320), (256, 192), (512, 64)))  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.cat([self.gate_proj(x), self.up_proj(x)], -1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["gate_proj", "up_proj", "down"], use_dora=dora)
+    model = get_peft_model(Net(), config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.1)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor, slope: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    asked = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [out.detach(), *torch.autograd.grad(out, asked, slope.to(out.dtype))]
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_within_its_product_is_pefts_in_float64(bias: bool, halves: bool) -> None:
+    """In bfloat16 no further from float64 than PEFT's own layers are."""
+    model, x, slope = adapted(bias=bias), torch.randn(2, 33, 256), torch.randn(2, 33, 64)
+    exact = gradients(copy.deepcopy(model).double(), x.double(), slope.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=halves):
+        usual = gradients(model, x, slope)
+        with own_products(model):
+            assert "forward" in vars(model.get_submodule("base_model.model.down"))
+            got = gradients(model, x, slope)
+    assert not any("forward" in vars(m) for m in model.modules())
+    for a, b, c in zip(got, usual, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert far(a, c) < (max(1.3 * far(b, c), 4e-3) if halves else 2e-6)
+
+
+@pytest.mark.parametrize("case", ["dora", "off", "merged", "two", "dropout"])
+def test_lora_that_is_more_than_one_plain_update_is_left_to_peft(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from temper.models import products
+
+    model, x = adapted(dora=case == "dora"), torch.randn(5, 256)
+    if case == "two":
+        model.add_adapter("second", model.peft_config["default"])  # type: ignore[operator]
+        model.base_model.set_adapter(["default", "second"])  # type: ignore[operator]
+    for layer in (m for m in model.modules() if hasattr(m, "lora_dropout")):
+        if case == "dropout":
+            layer.lora_dropout["default"] = nn.Dropout(0.5)  # type: ignore[operator,index]
+        if case == "merged":
+            layer.merge()  # type: ignore[operator]
+        if case == "off":
+            layer.enable_adapters(False)  # type: ignore[operator]
+
+    def never(*_: object) -> None:
+        raise AssertionError("PEFT's layer was replaced")
+
+    monkeypatch.setattr(products._Adapted, "apply", never)
+    found = []
+    for within in (False, True):
+        torch.manual_seed(1)
+        with own_products(model) if within else contextlib.nullcontext():
+            found.append(model(x))
+    assert far(found[1].detach(), found[0].detach()) < 2e-6
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("case", ["active", "off", "dora"])
+def test_packed_weights_hold_an_adapters_update(case: str, halves: bool) -> None:
+    model, x = adapted(dora=case == "dora").eval(), torch.randn(8, 1, 256)
+    if case == "off":
+        for layer in (m for m in model.modules() if hasattr(m, "lora_dropout")):
+            layer.enable_adapters(False)  # type: ignore[operator]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
+        usual = model(x)
+        for together in (False, True):
+            with packed_linears(model, together=together):
+                got, again = model(x), model(x)
+            assert torch.equal(got, again) and got.dtype == usual.dtype
+            assert far(got, usual) < (1e-2 if halves else 2e-6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_layers_packed_as_one_are_right_for_other_inputs_too() -> None:
+    """One is asked twice, the other for something else, as the last layer's queries are."""
+    model, x, y = adapted().base_model.model, torch.randn(3, 256), torch.randn(2, 256)  # type: ignore[union-attr]
+    one, other = model.gate_proj, model.up_proj  # type: ignore[union-attr]
+    with torch.no_grad():
+        wanted = one(x), one(x), other(y), other(x)  # type: ignore[operator]
+        with packed_linears(model, together=True):  # type: ignore[arg-type]
+            got = one(x), one(x), other(y), other(x)  # type: ignore[operator]
+    assert all(far(a, b) < 2e-6 for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_model_over_the_limit_is_not_packed() -> None:
+    model = nn.Linear(256, 256)
+    with packed_linears(model, most=1000):
+        assert "forward" not in vars(model)

@@ -49,7 +49,7 @@ class _Adapted(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             given, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
             out = product(given, weight, None if bias is None else bias.to(dtype))
-            down = given.flatten(0, -2) @ a.t()
+            down = product(given.flatten(0, -2), a, None)
             out.flatten(0, -2).addmm_(down, b.t(), alpha=scale)
         ctx.save_for_backward(given, weight, a, b, down)
         ctx.scale = scale
@@ -60,7 +60,7 @@ class _Adapted(torch.autograd.Function):
         (grad,), (given, weight, a, b, down) = gradients, ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             rows = grad.flatten(0, -2)
-            up = (rows @ b).mul_(ctx.scale)
+            up = product(rows, b.t().contiguous(), None).mul_(ctx.scale)  # of narrow factors it likes these
             of_x = None
             if ctx.needs_input_grad[0]:
                 of_x = product(grad, weight.t(), None)
@@ -91,17 +91,16 @@ def own_products(model: nn.Module) -> Iterator[None]:
     replaced: list[nn.Module] = []
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if next(model.parameters()).device.type == "cpu" and not recomputes:
-        halves = torch.is_autocast_enabled("cpu")
+        whole = not torch.is_autocast_enabled("cpu") and sound(torch.float32)
         for module in model.modules():
             if "forward" in vars(module):
                 continue
-            if _is_lora(module) and "forward" not in vars(module.base_layer):
+            if is_lora(module) and "forward" not in vars(module.base_layer):
                 module.forward = functools.partial(_adapted, module)  # type: ignore[method-assign]
                 replaced.append(module)
-            elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and not halves:
-                if sound(torch.float32):
-                    module.forward = functools.partial(_applied, module)  # type: ignore[method-assign]
-                    replaced.append(module)
+            elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and whole:
+                module.forward = functools.partial(_applied, module)  # type: ignore[method-assign]
+                replaced.append(module)
     try:
         yield
     finally:
@@ -126,7 +125,7 @@ def _adapted(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-def _is_lora(module: Any) -> bool:
+def is_lora(module: Any) -> bool:
     """Whether this is PEFT's LoRA layer around a linear one."""
     ours = type(module).__name__ == "Linear" and type(module).__module__.startswith("peft.tuners.lora")
     return ours and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out

@@ -16,12 +16,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from temper.models.packed import packed_linears
 from temper.models.scores import head_of
 from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
 from temper.rollouts.memory import ROUND, Memory
-from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
@@ -68,7 +68,7 @@ def decode(
     grouped: dict[tuple[int, ...], _Prompt] = {}
     for k, ids in enumerate(prompts):
         grouped.setdefault(tuple(ids), _Prompt(tuple(ids), [])).drafts.append(k)
-    with _own_attention(model) as switch, packed_linears(model):
+    with _own_attention(model) as switch, packed_linears(model, together=True):
         _Decoder(model, switch, list(grouped.values()), noise, drafts, slots, progress).run()
 
 
