@@ -72,24 +72,34 @@ def _worth(linear: nn.Linear, kind: torch.dtype | None) -> bool:
 
 
 class _Pack:
-    """Layers that are given the same input, their weights laid out as one."""
+    """Layers that are given the same input, their weights laid out as one.
+
+    Updates that are added to each product have their A below the weights; what these give is multiplied by all B at once,
+    which stand in blocks along a diagonal.
+    """
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
-        self.updates: list[tuple[torch.Tensor, torch.Tensor, float] | None] = []
-        linears, weights = [_linear(m) for m in layers], []
-        for layer, linear in zip(layers, linears, strict=True):
-            update = update_of(layer) if is_lora(layer) else None
-            weight = linear.weight.detach()
+        weights, biases, downs, ups = [], [], [], []
+        for layer in layers:
+            linear, update = _linear(layer), update_of(layer) if is_lora(layer) else None
+            weight, bias = linear.weight.detach(), linear.bias
             if update is not None and dtype == torch.float32:
-                weight, update = torch.addmm(weight, update[1], update[0], alpha=update[2]), None
-            self.updates.append(None if update is None else (update[0].to(dtype), update[1].to(dtype), update[2]))
+                weight = torch.addmm(weight, update[1], update[0], alpha=update[2])
+            elif update is not None:
+                downs.append(update[0].to(dtype))
+            each = update is not None and dtype != torch.float32
+            ups.append(
+                (update[1] * update[2]).to(dtype) if each and update else weight.new_zeros(len(weight), 0).to(dtype)
+            )
             weights.append(weight.to(dtype))
+            biases.append(weight.new_zeros(len(weight)) if bias is None else bias.detach())
         self.sizes = [len(w) for w in weights]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), None)
-        biases = [linear.weight.new_zeros(n) if linear.bias is None else linear.bias.detach() for linear, n in zip(linears, self.sizes, strict=True)]  # fmt: skip
-        self.bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases).to(dtype)
-        self.given: torch.Tensor | None = None  # what the others of the group are waited for with
+        self.up = torch.block_diag(*ups).t() if downs else None  # [ranks, outputs]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([*weights, *downs]), None)
+        biases += [d.new_zeros(len(d)) for d in downs]
+        self.bias = None if all(_linear(m).bias is None for m in layers) else torch.cat(biases).to(dtype)
+        self.given: torch.Tensor | None = None  # the input that the rest of the group is waited for with
         self.made: dict[int, torch.Tensor] = {}
 
     def multiplied(self, n: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -97,15 +107,19 @@ class _Pack:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype != self.dtype or args or kwargs:
             return type(self.layers[n]).forward(self.layers[n], x, *args, **kwargs)  # type: ignore[no-any-return]
-        x_ = x.to(dtype)  # not an operation that autocast knows, so it computes in the type it is given
         if self.given is not x or n not in self.made:
-            out = product(x_, self.packed, self.bias)
-            self.given, self.made = x, dict(enumerate(out.split(self.sizes, -1)))
+            self.given, self.made = x, dict(enumerate(self._product(x).split(self.sizes, -1)))
         found = self.made.pop(n)
         if not self.made:
             self.given = None
-        if (update := self.updates[n]) is not None:
-            a, b, scale = update
-            with torch.autocast("cpu", enabled=False):
-                found.flatten(0, -2).addmm_(product(x_.flatten(0, -2), a, None), b.t(), alpha=scale)
         return found
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        # not an operation that autocast knows, so it computes in the type it is given
+        out = product(x.to(self.dtype), self.packed, self.bias)
+        if self.up is None:
+            return out
+        out, down = out.split(self.up.shape[::-1], -1)
+        with torch.autocast("cpu", enabled=False):
+            out.flatten(0, -2).addmm_(down.flatten(0, -2), self.up)
+        return out

@@ -23,9 +23,9 @@ from temper.models.products import own_products
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
-CHUNK_LOGITS = 16 * 2**20  # logits made at once, by default 16 M: 64 MiB in float32, whatever the vocabulary
-ON_CARDS = 8  # times as many
-KEPT = 2  # chunks that a head that is trained may keep for the backward pass; of more each is made again
+CHUNK_LOGITS = 8 * 2**20  # logits made at once, by default 8 M: 32 MiB in float32, whatever the vocabulary
+ON_CARDS = 16  # times as many
+KEPT = 4  # chunks that a head that is trained may keep for the backward pass; of more each is made again
 
 
 class _Handed(BaseModelOutputWithPast):

@@ -165,7 +165,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (q, k, v, seen), (grad,) = ctx.saved_tensors, gradients
-        slopes = torch._softmax_backward_data(grad @ v.transpose(1, 2), seen, -1, q.dtype)
+        slopes = torch.ops.aten._softmax_backward_data.default(grad @ v.transpose(1, 2), seen, -1, q.dtype)
         of_q, of_k = ctx.scale * (slopes @ k), ctx.scale * (slopes.transpose(1, 2) @ q)
         return of_q, of_k, seen.transpose(1, 2) @ grad, None, None
 
