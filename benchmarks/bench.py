@@ -33,7 +33,7 @@ import torch
 from contest import Contest, Settings
 
 HERE = Path(__file__).parent
-MODULES = ["sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation"]
+MODULES = ["tree_pass", "sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation"]
 
 
 class Worker:
@@ -112,6 +112,7 @@ def held(
         "against": contest.against,
         "time_ratio": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]},
         "asked": contest.asked,
+        "share_asked": contest.share,
         "seconds": {"temper": a, "other": b},
         "memory_ratio": memory[1] / memory[0],
         "memory_bytes": {"temper": memory[0], "other": memory[1]},
@@ -123,6 +124,7 @@ def held(
         "rounds": rounds,
     }
     share = f", {out['peak_share']:.0%} of the peak" if facts["flops"] else ""
+    share += f", asked {contest.share:.0%}" if contest.share else ""
     print(
         f"    temper {a:.2f} s, other {b:.2f} s: {statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to "
         f"{ratios[-1]:.2f}){f', asked {contest.asked:g}' if contest.asked else ''}; memory {memory[0] / 1e6:.0f} and "

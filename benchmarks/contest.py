@@ -32,6 +32,8 @@ class Contest:
         make: (side: "temper" or "other", a folder of its own, settings) → the side. It imports its tool itself.
         tool: what the other side is made of: trl or transformers.
         asked: how many times as fast we mean to be; None: nothing is promised.
+        weights: whether the sides load the shared model, whose weights then do not count as memory taken.
+        share: of the machine's peak that our useful tokens are to reach.
         grid: settings of the other side, of which the fastest is taken; empty: `theirs` is all.
         some: settings of both sides that make the grid's trial smaller.
     """
@@ -41,6 +43,8 @@ class Contest:
     make: Callable[[str, Path, Settings], Side]
     tool: str = "trl"
     asked: float | None = None
+    share: float | None = None
+    weights: bool = True
     ours: Settings = dataclasses.field(default_factory=dict)
     theirs: Settings = dataclasses.field(default_factory=dict)
     grid: tuple[Settings, ...] = ()

@@ -146,6 +146,13 @@ class Trl:
 
 
 CONTESTS = [
-    Contest("preparation", "TRL SFTTrainer as documented", made, asked=2),
-    Contest("preparation", "TRL SFTTrainer tuned", made, grid=({}, {"dataset_num_proc": 2}), some={"rows": 20_000}),
+    Contest("preparation", "TRL SFTTrainer as documented", made, asked=2, weights=False),
+    Contest(
+        "preparation",
+        "TRL SFTTrainer tuned",
+        made,
+        grid=({}, {"dataset_num_proc": 2}),
+        some={"rows": 20_000},
+        weights=False,
+    ),
 ]

@@ -67,7 +67,7 @@ def main() -> None:
                     contest = contest_named(order["module"], order["name"], order["against"])
                     for module in IMPORTS["temper" if order["side"] == "temper" else contest.tool]:
                         importlib.import_module(module)
-                    base = status("VmRSS:") + told["weights"]
+                    base = status("VmRSS:") + (told["weights"] if contest.weights else 0)
                     reset_peak()
                     own = Path(tempfile.mkdtemp(dir=folder))
                     side = contest.make(order["side"], own, told["settings"])

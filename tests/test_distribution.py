@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from temper.errors import ModelError
-from temper.models import packed
 from temper.models.products import sound
-from temper.rollouts import distribution
+from temper.rollouts import distribution, products
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.distribution import CANDIDATES, draw, uniforms, warped
 
@@ -170,7 +169,7 @@ def test_packed_linears_give_the_same_and_leave_no_trace(rows: int, bias: bool) 
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(96, 400, bias=bias).requires_grad_(False), torch.randn(rows, 1, 96)
     exact = exactly(layer, x)
-    with packed.packed_linears(layer):
+    with products.packed_linears(layer):
         assert ("forward" in vars(layer)) == sound(torch.float32)
         got = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # not what was packed for
@@ -188,7 +187,7 @@ def test_packed_linears_compute_in_bfloat16_where_the_usual_ones_would(halves: b
         layer, x = layer.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not halves), torch.no_grad():
         usual = layer(x)
-        with packed.packed_linears(layer):
+        with products.packed_linears(layer):
             got = layer(x)
     assert got.dtype == usual.dtype == torch.bfloat16
     assert float((got - usual).float().norm() / usual.float().norm()) < 4e-3  # the last bit
@@ -199,13 +198,13 @@ def test_packed_linears_compute_in_bfloat16_where_the_usual_ones_would(halves: b
 def test_packed_linears_follow_weights_that_change_between_uses_and_leave_others_alone() -> None:
     layer, x = torch.nn.Linear(256, 128), torch.randn(2, 256)
     for _ in range(2):
-        with packed.packed_linears(layer), torch.no_grad():
+        with products.packed_linears(layer), torch.no_grad():
             got = layer(x)
         assert torch.allclose(got, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
         torch.nn.init.normal_(layer.weight)
     small, replaced = torch.nn.Linear(8, 8), torch.nn.Linear(256, 128)
     replaced.forward = lambda x: x  # type: ignore[method-assign,assignment]
-    with packed.packed_linears(torch.nn.ModuleList([small, replaced])):
+    with products.packed_linears(torch.nn.ModuleList([small, replaced])):
         assert "forward" not in vars(small) and replaced(x) is x
     assert replaced(x) is x
 

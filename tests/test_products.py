@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from temper.models.packed import packed_linears
 from temper.models.products import own_products, sound
 from temper.models.scores import Policy
+from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 from test_scores import compare, forest, three_at_a_time, with_adapter
 from tiny_models import build
@@ -177,9 +177,3 @@ def test_layers_packed_as_one_are_right_for_other_inputs_too() -> None:
         with packed_linears(model, together=True):  # type: ignore[arg-type]
             got = one(x), one(x), other(y), other(x)  # type: ignore[operator]
     assert all(far(a, b) < 2e-6 for a, b in zip(got, wanted, strict=True))
-
-
-def test_a_model_over_the_limit_is_not_packed() -> None:
-    model = nn.Linear(256, 256)
-    with packed_linears(model, most=1000):
-        assert "forward" not in vars(model)

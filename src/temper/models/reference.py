@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from temper.models.packed import MOST, packed_linears
 from temper.models.scores import Policy
 from temper.trees import Row
 
@@ -42,13 +40,6 @@ class Reference:
             return self.copy(row)  # type: ignore[no-any-return]
         with self.policy.hf.disable_adapter():
             return self.policy(row)  # type: ignore[no-any-return]
-
-    @contextlib.contextmanager
-    def packed(self) -> Iterator[None]:
-        """Within, the reference's weights are packed, for many rows; nothing may change them."""
-        apart = contextlib.nullcontext() if self.copy is not None else self.policy.hf.disable_adapter()
-        with apart, packed_linears((self.copy or self.policy).hf, most=MOST):
-            yield
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -16,12 +16,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from temper.models.packed import packed_linears
 from temper.models.scores import head_of
 from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
 from temper.rollouts.distribution import draw
 from temper.rollouts.memory import ROUND, Memory
+from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 
 PREFILL_TOKENS = 4096  # of one forward pass over prompts

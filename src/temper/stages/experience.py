@@ -207,11 +207,7 @@ class Experience:
         place = {id(t): k for k, t in enumerate(trees)}
         out: list[np.ndarray] = [np.zeros(0)] * len(trees)
         self.policy.eval()
-        with (
-            torch.no_grad(),
-            self._autocast(),
-            model.packed() if isinstance(model, Reference) else contextlib.nullcontext(),
-        ):
+        with torch.no_grad(), self._autocast():
             for row in rows_of(trees, self.plan.row_tokens, self.plan.micro_tokens):
                 found = model(row.to(self.policy.device)).float().cpu().numpy()
                 ends = np.cumsum([len(t.tgt) for t in row.trees])

@@ -16,7 +16,6 @@ from temper.data.chat import Encoded
 from temper.data.formats import answered, split
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError
-from temper.models.packed import MOST, packed_linears
 from temper.models.scores import Policy, prove
 from temper.rollouts.decoding import Completion
 from temper.stages.couples import Couple
@@ -162,7 +161,7 @@ def _sums(
     place = {id(t): k for k, t in enumerate(trees)}
     out: list[list[float]] = [[]] * len(trees)
     policy.eval()
-    with torch.no_grad(), devices.autocast(policy.device, precision), packed_linears(policy.hf, most=MOST):
+    with torch.no_grad(), devices.autocast(policy.device, precision):
         for row in rows_of(trees, ROW_TOKENS, micro_tokens) if trees else []:
             sums = torch.zeros(sum(len(t.tips) for t in row.trees), dtype=torch.float64)
             sums.index_add_(0, row.branch, score(row.to(policy.device)).double().cpu())

@@ -13,13 +13,12 @@ from torch import nn
 from temper.models.products import is_lora, product, sound, update_of
 
 SMALL = 1 << 14  # weights with fewer elements gain nothing
-MOST = 2**31  # bytes of a model up to which it is packed to score many rows
 # Layers that are usually given the same input, by their names within one module.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextlib.contextmanager
-def packed_linears(model: nn.Module, *, together: bool = False, most: int | None = None) -> Iterator[None]:
+def packed_linears(model: nn.Module, *, together: bool = False) -> Iterator[None]:
     """Within, a CPU's linear layers multiply by weights packed once: 1.1 to 5 times as fast on 1 to 128 rows.
 
     The same sums: float32 stays float32 (MKL, which has them otherwise, is the slower), and under autocast the packed
@@ -31,11 +30,7 @@ def packed_linears(model: nn.Module, *, together: bool = False, most: int | None
     Args:
         together: multiply by the weights of queries, keys and values at once where they are given the same: worth it
             for few rows.
-        most: bytes of parameters above which nothing is packed: the second copy may not find room.
     """
-    if most is not None and sum(p.numel() * p.element_size() for p in model.parameters()) > most:
-        yield
-        return
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     layers: dict[int, nn.Module] = {}  # by their linear layer: itself, or the LoRA layer around it
     for module in model.modules():
