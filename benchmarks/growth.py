@@ -2,7 +2,9 @@
 
     python benchmarks/growth.py [--examples 1000,10000,100000] [--rows 10000,100000,1000000] [--of 1,2,4,8,16] [--threads 1]
 
-Three tables are printed. Each number of rows is read in a process of its own, since memory that was taken is not given back.
+Three tables are printed, and written to benchmarks/results/growth.json, of which `pages.py` makes plots; an empty list
+leaves a table out and keeps what was measured before. Each number of rows is read in a process of its own, since memory
+that was taken is not given back.
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 STEPS = 200  # of which the packing is timed
 PROMPT, COMPLETION = 600, 64  # tokens of a group
 
 
-def by_examples(counts: list[int]) -> list[tuple[str, ...]]:
+class Table(NamedTuple):
+    columns: tuple[str, ...]
+    rows: list[tuple[float, ...]]
+
+
+def by_examples(counts: list[int]) -> Table:
     """Microseconds a token of preparing rows, and of packing a step: the second must not grow with the set."""
     import preparation
 
     preparation.Prepared(preparation.rows(counts[0])).prepared()  # imports, and the tokenizer
-    out = [("examples", "µs/token preparing", "µs/token packing a step")]
+    out = []
     for n in counts:
         side = preparation.Prepared(preparation.rows(n))
         began = time.perf_counter()
@@ -37,21 +44,21 @@ def by_examples(counts: list[int]) -> list[tuple[str, ...]]:
         batches.rows(0)  # the order of an epoch is drawn once
         began = time.perf_counter()
         tokens = sum(row.tokens for k in range(steps) for row in batches.rows(k))
-        out.append((f"{n:,}", f"{1e6 * prepared:.2f}", f"{1e6 * (time.perf_counter() - began) / tokens:.2f}"))
-    return out
+        out.append((n, 1e6 * prepared, 1e6 * (time.perf_counter() - began) / tokens))
+    return Table(("examples", "µs/token preparing", "µs/token packing a step"), out)
 
 
-def by_rows(counts: list[int]) -> list[tuple[str, ...]]:
+def by_rows(counts: list[int]) -> Table:
     """A data stage from JSON lines to parquet: seconds, and the most memory above what its imports take."""
-    out = [("rows", "file MB", "seconds", "peak MB", "bytes a row")]
+    out = []
     for n in counts:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
                 [sys.executable, __file__, "--stage", str(n), folder], check=True, capture_output=True, text=True
             )
             size, seconds, peak = json.loads(done.stdout.splitlines()[-1])
-        out.append((f"{n:,}", f"{size / 1e6:.0f}", f"{seconds:.1f}", f"{peak / 1e6:.0f}", f"{peak / n:,.0f}"))
-    return out
+        out.append((n, size / 1e6, seconds, peak / 1e6))
+    return Table(("rows", "file MB", "seconds", "peak MB"), out)
 
 
 def _stage(n: int, folder: Path) -> tuple[int, float, int]:
@@ -76,7 +83,7 @@ def _stage(n: int, folder: Path) -> tuple[int, float, int]:
     return file.stat().st_size, time.perf_counter() - began, worker.status("VmHWM:") - before
 
 
-def by_completions(counts: list[int]) -> list[tuple[str, ...]]:
+def by_completions(counts: list[int]) -> Table:
     """Forward and backward of a prompt with k completions: as one tree, and as k sequences."""
     import numpy as np
     import shapes
@@ -107,25 +114,26 @@ def by_completions(counts: list[int]) -> list[tuple[str, ...]]:
             took.append(time.perf_counter() - began)
         return min(took), total
 
-    out = [("completions", "one tree, s", "apart, s", "ratio")]
+    out = []
     for k in counts:
         prompt, completions = ids(PROMPT), [ids(COMPLETION) for _ in range(k)]
         tree, same = timed([join([group(prompt, completions)])])
         apart, value = timed(rows_of([group(prompt, [c]) for c in completions], 256, 4096))
         assert abs(same - value) < 1e-4 * abs(value), (same, value)
-        out.append((str(k), f"{tree:.2f}", f"{apart:.2f}", f"{apart / tree:.2f}"))
-    return out
+        out.append((k, tree, apart))
+    return Table(("completions", "one tree, s", "apart, s"), out)
 
 
 def numbers(text: str) -> list[int]:
     return [int(x) for x in text.split(",") if x]
 
 
-def show(title: str, table: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
+def show(title: str, table: Table) -> None:
+    lines = [table.columns, *([f"{row[0]:,}", *(f"{x:.2f}" for x in row[1:])] for row in table.rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(table.columns))]
     print(f"\n{title}")
-    for row in table:
-        print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)), flush=True)
+    for line in lines:
+        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)), flush=True)
 
 
 def main() -> None:
@@ -137,18 +145,25 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--of", type=numbers, default=[1, 2, 4, 8, 16])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "growth.json")
     asked: Any = parser.parse_args()
     import torch
 
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TEMPER_BENCH_BASE"] = str(Path(folder) / "base")  # beside it the tokenizer is kept
-        if asked.examples:
-            show("a token's preparation, and its part of a step", by_examples(asked.examples))
-        if asked.rows:
-            show("a data stage", by_rows(asked.rows))
-        if asked.of:
-            show(f"a prompt of {PROMPT} tokens with completions of {COMPLETION}", by_completions(asked.of))
+        for name, title, measured, counts in (
+            ("examples", "a token's preparation, and its part of a step", by_examples, asked.examples),
+            ("rows", "a data stage", by_rows, asked.rows),
+            ("completions", f"a prompt of {PROMPT} tokens with completions of {COMPLETION}", by_completions, asked.of),
+        ):
+            if counts:
+                table = measured(counts)
+                show(title, table)
+                kept = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+                kept[name] = {"columns": table.columns, "rows": table.rows}
+                asked.out.parent.mkdir(exist_ok=True)
+                asked.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

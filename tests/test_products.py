@@ -159,11 +159,10 @@ def test_packed_weights_hold_an_adapters_update(case: str, halves: bool) -> None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
         usual = model(x)
-        for together in (False, True):
-            with packed_linears(model, together=together):
-                got, again = model(x), model(x)
-            assert torch.equal(got, again) and got.dtype == usual.dtype
-            assert far(got, usual) < (1e-2 if halves else 2e-6)
+        with packed_linears(model):
+            got, again = model(x), model(x)
+        assert torch.equal(got, again) and got.dtype == usual.dtype
+        assert far(got, usual) < (1e-2 if halves else 2e-6)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not any("forward" in vars(m) for m in model.modules())
 
@@ -174,6 +173,6 @@ def test_layers_packed_as_one_are_right_for_other_inputs_too() -> None:
     one, other = model.gate_proj, model.up_proj  # type: ignore[union-attr]
     with torch.no_grad():
         wanted = one(x), one(x), other(y), other(x)  # type: ignore[operator]
-        with packed_linears(model, together=True):  # type: ignore[arg-type]
+        with packed_linears(model):  # type: ignore[arg-type]
             got = one(x), one(x), other(y), other(x)  # type: ignore[operator]
     assert all(far(a, b) < 2e-6 for a, b in zip(got, wanted, strict=True))

@@ -106,11 +106,12 @@ def test_trees_and_padding_equal_single_sequences(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", TREES)
-@pytest.mark.parametrize("size", [128, 6])
-def test_attention_by_segments(family: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One segment of all trees, or a segment of each and blocks of 6 queries; and a lane's padding is left out."""
-    monkeypatch.setattr(segments, "LEAST", size)
-    monkeypatch.setattr(segments, "BLOCK", size)
+@pytest.mark.parametrize(("size", "kept"), [(128, 512), (6, 512), (6, 0)])
+def test_attention_by_segments(family: str, size: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One segment of all trees, or a segment of each and blocks of 6 queries, by products that keep their probabilities or
+    by the kernel; and a lane's padding is left out."""
+    for name, value in (("LEAST", size), ("BLOCK", size), ("SMALL", size), ("KEPT", kept)):
+        monkeypatch.setattr(segments, name, value)
     model, row = build(family), forest()
     policy = Policy(model)
     prove(policy)
@@ -125,6 +126,28 @@ def test_attention_by_segments(family: str, size: int, monkeypatch: pytest.Monke
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compare(model, lanes, ["tree"], pieces=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
+def test_attention_that_keeps_its_probabilities_is_as_exact_in_half_precision(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast queries come in float32 and values in half; its scores are float32, as the kernel's are."""
+    model, row = build(family), forest()
+    exact = one_by_one(model, row)
+    slope = gradients((exact * row.weight).sum(), model.parameters())
+    far = {}
+    for kept in (512, 0):
+        monkeypatch.setattr(segments, "KEPT", kept)
+        with torch.autocast("cpu", torch.bfloat16):
+            policy = Policy(model)
+            prove(policy)
+            assert policy.segments
+            got = policy(row)
+        tilt = gradients((got * row.weight).sum(), model.parameters())
+        far[kept] = [float((a - b).norm() / b.norm()) for a, b in ((got, exact), (tilt, slope))]
+    for kept, kernel in zip(far[512], far[0], strict=True):
+        assert kept < 1.3 * kernel < 0.2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "granite"])

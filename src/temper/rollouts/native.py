@@ -68,7 +68,7 @@ def decode(
     grouped: dict[tuple[int, ...], _Prompt] = {}
     for k, ids in enumerate(prompts):
         grouped.setdefault(tuple(ids), _Prompt(tuple(ids), [])).drafts.append(k)
-    with _own_attention(model) as switch, packed_linears(model, together=True):
+    with _own_attention(model) as switch, packed_linears(model):
         _Decoder(model, switch, list(grouped.values()), noise, drafts, slots, progress).run()
 
 
