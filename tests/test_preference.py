@@ -145,9 +145,9 @@ def test_long_pairs_are_dropped_with_a_count_and_cut_where_asked() -> None:
         4,
         6,
     ] and note == "2 longer than 6 tokens cut; 1 of them had nothing left to compare"
-    with pytest.raises(DataError, match=r"2 pairs have more than 6[\s\S]*rows.jsonl:2"):
+    with pytest.raises(DataError, match=r"2 of 3 pairs are longer than 6[\s\S]*rows.jsonl:2"):
         couples.fitted(some, 6, "error")
-    with pytest.raises(DataError, match=r"at most 3 tokens \(the shortest has 4\)[\s\S]*a larger max_length"):
+    with pytest.raises(DataError, match=r"fits into 3 tokens \(the shortest has 4\)[\s\S]*a larger max_length"):
         couples.fitted(some, 3, "drop", context=9)
     for way in ("drop", "error"):  # what the model cannot take is not offered
         with pytest.raises(DataError) as caught:

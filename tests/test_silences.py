@@ -105,8 +105,13 @@ def test_3_long_examples_are_counted_whether_dropped_or_cut() -> None:
     assert [len(t) for t in trees] == [5, 6] and "2 longer than 6 tokens cut (1 of them had no answer left)" in note
     with pytest.raises(DataError, match="longer than 6"):
         fitted(Chains([short, long]), 6, "error")
-    with pytest.raises(DataError, match="no example has at most 3"):
+    with pytest.raises(DataError, match="no example fits into 3 tokens"):
         fitted(Chains([short, long]), 3, "drop")
+    with pytest.raises(
+        DataError, match="1 of 2 examples are longer than the 6 tokens of the model's context"
+    ) as caught:
+        fitted(Chains([short, long]), 6, "error", context=6)
+    assert "max_length" not in str(caught.value), "what the model cannot take is not offered"
 
 
 def test_8_one_beginning_token_and_one_template_for_training_and_inference(tokenizer: Any) -> None:

@@ -186,7 +186,7 @@ def test_a_failed_trial_is_a_trial_and_the_sweep_goes_on(tiny_model: Path, tmp_p
     run_recipe(file, out=tmp_path / "run", choice=Choice(only=["tuned"]), quiet=True)
     found = read_json(tmp_path / "run" / "tuned" / "trials.json")
     assert [t["state"] for t in found["trials"]] == ["failed", "done"] and found["best"] == 1
-    assert "no example has at most 8 tokens" in found["trials"][0]["error"]
+    assert "no example fits into 8 tokens" in found["trials"][0]["error"]
     none = {"stages": {"tuned": {"vary": {"sft.max_length": [8, 9]}}}}
     with pytest.raises(TrainingError, match="all 2 trials failed"):
         run_recipe(file, overrides=none, out=tmp_path / "run", choice=Choice(only=["tuned"]), quiet=True)

@@ -18,7 +18,7 @@ import numpy as np
 from temper.data.chat import Encoded, Encoder
 from temper.data.formats import answered, split, text_of
 from temper.errors import DataError
-from temper.stages.sft import NO_LIMIT
+from temper.stages.sft import NO_LIMIT, bounds
 from temper.trees import Node, Tree, flatten
 from temper.types import Record
 
@@ -173,26 +173,25 @@ def fitted(couples: list[Couple], limit: int, too_long: str, *, context: int | N
     """Couples both of whose paths are within `limit` tokens, and a sentence on those that were not.
 
     Args:
-        context: the model's; a limit that it sets cannot be raised.
+        context: see `bounds`.
 
     Raises:
         DataError: nothing is left, or `too_long: error` met a long one.
     """
-    long = [c for c in couples if c.length > limit]
+    long, (reach, more) = [c for c in couples if c.length > limit], bounds(limit, context)
     if long and too_long == "error":
         raise DataError(
-            f"{len(long)} pairs have more than {limit} tokens",
+            f"{len(long):,} of {len(couples):,} pairs are longer than {reach}",
             where=long[0].where,
-            do="too_long: drop or cut" + ("" if limit == context else ", or a larger max_length"),
+            do=f"too_long: drop or cut, or {more}",
         )
     if too_long == "cut":
         couples = [dataclasses.replace(c, first=_cut(c.first, limit), second=_cut(c.second, limit)) for c in couples]
     kept = [c for c in couples if c.length <= limit and comparable(c)]
     if not kept:
         raise DataError(
-            f"no pair has at most {limit} tokens (the shortest has {min(c.length for c in couples)})",
-            do="too_long: cut, or "
-            + ("a model that takes more: its context ends there" if limit == context else "a larger max_length"),
+            f"no pair fits into {reach} (the shortest has {min(c.length for c in couples)})",
+            do=f"{more}, or too_long: cut",
         )
     note = f"none longer than {limit} tokens" if limit < NO_LIMIT else "no limit on length"
     if long:

@@ -147,7 +147,9 @@ class Data(Stage):
             return
         out = " and ".join(f"{name} {n:,}" for name, n in held.items() if n) or "nothing held out"
         dropped = f"; dropped: {_counted(described['dropped'])}" if described["dropped"] else ""
-        job.warn(f"train has only {train:,} rows ({out}{dropped}): give more rows, or a smaller validation and test")
+        job.warn(
+            f"train has only {train:,} row{'' if train == 1 else 's'} ({out}{dropped}): give more rows, or a smaller validation and test"
+        )
 
     def _report(self, job: Job, described: dict[str, Any], found: Any) -> None:
         gone = _counted(described["dropped"]) or "none dropped"

@@ -56,7 +56,7 @@ class Sft(TrainingStage, Validated):
         longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
         policy, tokenizer, source, precision = open_policy(job, self, longest)
         context = load.context(policy.inner) or NO_LIMIT
-        trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long)
+        trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long, context=context)
         within = scorable(job, policy, [len(e.ids) for e in held_encoded])
         held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
         note_trained_on(job, records)
@@ -130,24 +130,38 @@ def in_chains(encoder: Encoder, records: Sequence[Record]) -> tuple[Chains, int]
     return chains, moved
 
 
-def fitted(encoded: Chains, limit: int, too_long: str) -> tuple[Chains, str]:
+def bounds(limit: int, context: int | None) -> tuple[str, str]:
+    """A limit on length in words, and what would let longer examples in.
+
+    Args:
+        context: the model's; a limit that it sets cannot be raised.
+    """
+    if limit == context:
+        return f"the {limit} tokens of the model's context", "a model that takes more"
+    return f"{limit} tokens", "a larger max_length"
+
+
+def fitted(encoded: Chains, limit: int, too_long: str, *, context: int | None = None) -> tuple[Chains, str]:
     """Examples within `limit` tokens, and a sentence on those that were not.
+
+    Args:
+        context: see `bounds`.
 
     Raises:
         DataError: nothing is left, or `too_long: error` met a long one.
     """
-    long = np.flatnonzero(encoded.sizes > limit)
+    long, (reach, more) = np.flatnonzero(encoded.sizes > limit), bounds(limit, context)
     if len(long) and too_long == "error":
         raise DataError(
-            f"{len(long)} examples are longer than {limit} tokens",
+            f"{len(long):,} of {len(encoded):,} examples are longer than {reach}",
             where=encoded.sequence(int(long[0]))[2],
-            do="too_long: drop or cut, or a larger max_length",
+            do=f"too_long: drop or cut, or {more}",
         )
     kept = encoded.within(limit, cut=too_long == "cut")
     if not len(kept):
         raise DataError(
-            f"no example has at most {limit} tokens (the shortest has {encoded.sizes.min()})",
-            do="raise max_length, or too_long: cut",
+            f"no example fits into {reach} (the shortest has {encoded.sizes.min()})",
+            do=f"{more}, or too_long: cut",
         )
     if not len(long):
         return kept, f"none longer than {limit} tokens" if limit < NO_LIMIT else "no limit on length"
