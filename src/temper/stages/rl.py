@@ -146,7 +146,7 @@ class Rl(TrainingStage):
     )
     row_tokens: int = detail(1024, "Prompts with their completions are packed into rows of this many tokens.", ge=16)
     micro_tokens: int = detail(
-        4096, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
+        2048, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
     )
     slots: int = detail(64, "Completions sampled at once.", ge=1, affects_result=False)
     samples: int = detail(4, "Completions of each rollout kept in samples.jsonl.", ge=0, affects_result=False)
