@@ -145,7 +145,7 @@ def test_attention_that_keeps_its_probabilities_is_as_exact_in_half_precision(
             assert policy.segments
             got = policy(row)
         tilt = gradients((got * row.weight).sum(), model.parameters())
-        far[kept] = [float((a - b).norm() / b.norm()) for a, b in ((got, exact), (tilt, slope))]
+        far[kept] = [float(((a - b).norm() / b.norm()).detach()) for a, b in ((got, exact), (tilt, slope))]
     for kept, kernel in zip(far[512], far[0], strict=True):
         assert kept < 1.3 * kernel < 0.2
 
