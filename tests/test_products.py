@@ -71,7 +71,7 @@ def test_a_frozen_head_makes_its_logits_once(family: str, monkeypatch: pytest.Mo
     assert times == [1, 2]
 
 
-def adapted(*, r: int = 8, bias: bool = True, dora: bool = False) -> nn.Module:
+def adapted(*, bias: bool = True, dora: bool = False) -> nn.Module:
     """A network with two linear layers of one input, under LoRA that is not at its start."""
     from peft import LoraConfig, get_peft_model
 
@@ -84,7 +84,7 @@ def adapted(*, r: int = 8, bias: bool = True, dora: bool = False) -> nn.Module:
             return self.down(torch.cat([self.gate_proj(x), self.up_proj(x)], -1))  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["gate_proj", "up_proj", "down"], use_dora=dora)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down"], use_dora=dora)
     model = get_peft_model(Net(), config)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, p in model.named_parameters():
