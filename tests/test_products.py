@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from temper.models.products import own_products, sound
+from temper.models.products import Halves, added_in_place, own_products, sound
 from temper.models.scores import Policy
 from temper.rollouts.products import packed_linears
 from temper.trees import rounded
@@ -23,7 +23,7 @@ def test_values_and_gradients_are_those_of_float64(inputs: int, outputs: int, bi
     torch.manual_seed(0)
     layer, x = nn.Linear(inputs, outputs, bias=bias), torch.randn(2, 33, inputs, requires_grad=True)
     slope = torch.randn(2, 33, outputs)
-    with own_products(layer):
+    with own_products(layer, Halves()):
         assert ("forward" in vars(layer)) == sound(torch.float32)
         got = layer(x)
     assert "forward" not in vars(layer) and got.shape == slope.shape
@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_float64(inputs: int, outputs: int, bi
 def test_frozen_weights_have_no_gradient_and_nothing_is_kept_for_them() -> None:
     layer, x = nn.Linear(64, 64), torch.randn(7, 64, requires_grad=True)
     layer.weight.requires_grad_(False)
-    with own_products(layer):
+    with own_products(layer, Halves()):
         layer(x).sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is not None and x.grad is not None
 
@@ -46,12 +46,12 @@ def test_other_precisions_and_replaced_layers_are_left_alone() -> None:
     replaced, halves = nn.Linear(64, 64), nn.Linear(64, 64).bfloat16()
     replaced.forward = lambda x: x  # type: ignore[method-assign,assignment]
     x = torch.randn(4, 64)
-    with own_products(nn.ModuleList([replaced, halves])):
+    with own_products(nn.ModuleList([replaced, halves]), Halves()):
         assert replaced(x) is x and halves(x.bfloat16()).dtype == torch.bfloat16
     layer = nn.Linear(64, 64)
-    with torch.autocast("cpu", torch.bfloat16), own_products(layer):
+    with torch.autocast("cpu", torch.bfloat16), own_products(layer, Halves()):
         assert layer(x).dtype == torch.bfloat16
-    with own_products(layer):
+    with own_products(layer, Halves()):
         assert layer(x.double().float()).dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16  # begun within
@@ -112,7 +112,7 @@ def test_lora_within_its_product_is_pefts_in_float64(bias: bool, halves: bool) -
     exact = gradients(copy.deepcopy(model).double(), x.double(), slope.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=halves):
         usual = gradients(model, x, slope)
-        with own_products(model):
+        with own_products(model, Halves()):
             assert "forward" in vars(model.get_submodule("base_model.model.down"))
             got = gradients(model, x, slope)
     assert not any("forward" in vars(m) for m in model.modules())
@@ -144,7 +144,7 @@ def test_lora_that_is_more_than_one_plain_update_is_left_to_peft(case: str, monk
     found = []
     for within in (False, True):
         torch.manual_seed(1)
-        with own_products(model) if within else contextlib.nullcontext():
+        with own_products(model, Halves()) if within else contextlib.nullcontext():
             found.append(model(x))
     assert far(found[1].detach(), found[0].detach()) < 2e-6
 
@@ -176,3 +176,51 @@ def test_layers_packed_as_one_are_right_for_other_inputs_too() -> None:
         with packed_linears(model):  # type: ignore[arg-type]
             got = one(x), one(x), other(y), other(x)  # type: ignore[operator]
     assert all(far(a, b) < 2e-6 for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])  # qwen2: biases; of gemma2 embeddings and head are one
+def test_gradients_added_in_place_are_those_that_torch_adds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches, the first into no gradients at all, the head in chunks that are computed again."""
+    three_at_a_time(monkeypatch)
+    rows, found = [forest(), forest()], []
+    for how in (contextlib.nullcontext, added_in_place):
+        model = build(family)
+        for row in rows:
+            total = Policy(model)(row).sum()
+            with how():
+                total.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for name, wanted in found[0].items():
+        got = found[1][name]
+        assert (wanted is None) == (got is None), name
+        assert wanted is None or got is None or far(got, wanted) < 2e-6, name
+        assert got is None or got.is_contiguous(), name
+
+
+def test_a_padding_tokens_row_stays_without_gradient() -> None:
+    layer, ids, slope = nn.Embedding(9, 4, padding_idx=2), torch.tensor([[1, 2, 7], [7, 7, 2]]), torch.randn(2, 3, 4)
+    layer(ids).backward(slope)
+    wanted, layer.weight.grad = layer.weight.grad, None
+    with own_products(layer, Halves()):
+        out = layer(ids)
+    for times in (1, 2):
+        with added_in_place():
+            out.backward(slope, retain_graph=True)
+        assert wanted is not None and torch.allclose(layer.weight.grad, times * wanted)
+        assert layer.weight.grad is not None and not layer.weight.grad[2].any()
+
+
+def test_frozen_weights_are_cast_once_until_they_change() -> None:
+    halves, weight = Halves(), torch.randn(8, 8)
+    first = halves(weight, torch.bfloat16)
+    assert halves(weight, torch.bfloat16) is first and first.dtype == torch.bfloat16
+    weight.mul_(2)
+    assert torch.equal(halves(weight, torch.bfloat16), weight.bfloat16())
+    assert halves(weight, torch.float16).dtype == torch.float16
+    layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+        with own_products(layer, halves):
+            got = layer(x)
+    assert torch.equal(got, wanted) and got.dtype == wanted.dtype

@@ -30,6 +30,7 @@ from temper.data.chat import Format
 from temper.errors import DataError, ModelError, RecipeError, TemperError
 from temper.hub import Source
 from temper.losses import bradley_terry
+from temper.models import products
 from temper.models.reward import RewardModel, pair, with_end
 from temper.recipe import load
 from temper.rewards import Given, compute, read
@@ -97,6 +98,20 @@ def test_trees_have_the_padded_passes_rewards_and_gradients(family: str) -> None
     assert set(tree) == set(padded)
     for name, gradient in tree.items():
         torch.testing.assert_close(gradient, padded[name], atol=2e-5, rtol=1e-3)
+
+
+def test_rewards_go_through_the_same_products_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken = reward_model("llama"), []
+    usual = products.product
+
+    def counted(*args: Any) -> torch.Tensor:
+        taken.append(args[0].shape)
+        return usual(*args)
+
+    monkeypatch.setattr(products, "product", counted)
+    with torch.no_grad():
+        model(rows_of([pair(*both) for both in PAIRS], 512, 512)[0])
+    assert bool(taken) == products.sound(torch.float32)
 
 
 def test_a_row_gives_each_text_the_reward_that_it_has_alone_in_float64() -> None:

@@ -25,6 +25,7 @@ from temper.engine.settings import Training, Validated
 from temper.engine.validation import SCORED, TRAINED, Measured, Plan, measure, plan
 from temper.job import Job
 from temper.losses import Terms
+from temper.models.products import added_in_place
 from temper.models.scores import Policy
 from temper.runfolder import write_atomic
 from temper.trees import Row
@@ -222,7 +223,8 @@ class Loop:
             with autocast(self.device, self.precision):
                 terms = self.loss(self.policy(row), row.weight, **row.extra)
             part = (terms.values * terms.weights).sum() / divisor
-            self.scaler.scale(part).backward()
+            with added_in_place():
+                self.scaler.scale(part).backward()
             total += float(part.detach())
             for name, values in terms.extras.items():
                 extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor

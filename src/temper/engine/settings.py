@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import field_validator
+import torch
+from pydantic import Field, field_validator
 
 from temper.engine import optim
 from temper.engine.device import Precision
 from temper.recipe import Config, detail
+
+
+def at_once(on_processor: int) -> Any:
+    """The field `micro_tokens`: on a processor more tokens than these take memory and save no time."""
+    return Field(
+        default_factory=lambda: 4096 if torch.cuda.is_available() else on_processor,
+        description="Tokens of one forward pass, rows stacked: it sets the memory, not the result. By default "
+        f"{on_processor} on a processor, 4096 on a graphics card.",
+        ge=16,
+        json_schema_extra={"affects_result": False},
+    )
 
 
 class Training(Config):
@@ -23,9 +35,7 @@ class Training(Config):
         1, "Multiplies batch_size. Memory is set by micro_tokens alone; results do not depend on the cut.", ge=1
     )
     row_tokens: int = detail(256, "Examples are packed into rows of this many tokens; a longer one has its own.", ge=16)
-    micro_tokens: int = detail(
-        2048, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
-    )
+    micro_tokens: int = at_once(2048)
     lr: float = detail(1e-4, "Peak learning rate.", gt=0)
     optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
     schedule: str | dict[str, Any] = detail(

@@ -18,23 +18,71 @@ from torch import nn
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative error of a sound product
 
 
+_in_place = False  # whether the backward pass under way may add to `.grad` itself
+
+
+@contextlib.contextmanager
+def added_in_place() -> Iterator[None]:
+    """Within, backward passes add the gradients of weights to `.grad` as they are computed, where this module has them.
+
+    torch makes each gradient apart and adds it: for every micro-batch a copy of the weights' size, written and read once
+    more. Only for `.backward()` that ends in `.grad`: hooks on the weights are not called, so not while another process
+    waits for them.
+    """
+    global _in_place
+    _in_place = True
+    try:
+        yield
+    finally:
+        _in_place = False
+
+
 class _Linear(torch.autograd.Function):
     """x·Wᵀ + b. The gradient of the weights is torch's own: of two transposed factors oneDNN is the slower."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # the leaf itself: what was saved may come back as a copy
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), (x, weight) = gradients, ctx.saved_tensors
         asked, rows = ctx.needs_input_grad, grad.flatten(0, -2)
-        return (
-            product(grad, weight.t(), None) if asked[0] else None,
-            _outer(rows, x.flatten(0, -2)) if asked[1] else None,
-            rows.sum(0) if asked[2] else None,
-        )
+        of_weight = None
+        if asked[1] and _in_place and ctx.weight.is_leaf and ctx.weight.grad is not None:
+            ctx.weight.grad.addmm_(rows.t(), x.flatten(0, -2))
+        elif asked[1]:
+            of_weight = _outer(rows, x.flatten(0, -2))
+            if _in_place and ctx.weight.is_leaf:
+                ctx.weight.grad, of_weight = of_weight.contiguous(), None  # the fused AdamW takes it for that
+        return product(grad, weight.t(), None) if asked[0] else None, of_weight, rows.sum(0) if asked[2] else None
+
+
+class _Looked(torch.autograd.Function):
+    """Rows of an embedding. Its gradient is nothing but in the rows that were looked up, so only these are added to."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), (ids,) = gradients, ctx.saved_tensors
+        into = ctx.weight.grad if _in_place and ctx.weight.is_leaf else None
+        if into is None:
+            into = torch.zeros_like(ctx.weight)
+        rows = grad.flatten(0, -2).to(into.dtype)
+        if ctx.padding is not None:
+            rows = rows.masked_fill((ids == ctx.padding).flatten()[:, None], 0)
+        into.index_add_(0, ids.flatten(), rows)
+        if _in_place and ctx.weight.is_leaf:
+            ctx.weight.grad = into
+            return None, None, None
+        return None, into, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -80,27 +128,44 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-@contextlib.contextmanager
-def own_products(model: nn.Module) -> Iterator[None]:
-    """Within, a model on a processor multiplies as this module has it, and so do the gradients after it: linear layers in
-    float32, and PEFT's LoRA layers around linear ones.
+class Halves:
+    """Frozen weights as autocast would have them, kept: autocast casts them anew in every call, and the head in every chunk."""
 
-    Plain layers under autocast are left alone: bfloat16 goes to oneDNN anyway. So are models that compute activations
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = {}
+
+    def __call__(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in another type; while it stays what it was, the same tensor each time."""
+        now = (weight.data_ptr(), weight._version, dtype)
+        found = self._kept.get(id(weight))
+        if found is None or found[0] is not weight or found[1] != now:
+            found = self._kept[id(weight)] = (weight, now, weight.detach().to(dtype))
+        return found[2]
+
+
+@contextlib.contextmanager
+def own_products(model: nn.Module, halves: Halves) -> Iterator[None]:
+    """Within, a model on a processor multiplies as this module has it, and so do the gradients after it: linear layers in
+    float32, frozen ones under autocast, PEFT's LoRA layers around linear ones; and embeddings that are trained.
+
+    Other layers under autocast are left alone: bfloat16 goes to oneDNN anyway. So are models that compute activations
     again in the backward pass, when this is over, and layers whose forward somebody else has replaced.
     """
     replaced: list[nn.Module] = []
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if next(model.parameters()).device.type == "cpu" and not recomputes:
-        whole = not torch.is_autocast_enabled("cpu") and sound(torch.float32)
         for module in model.modules():
             if "forward" in vars(module):
                 continue
             if is_lora(module) and "forward" not in vars(module.base_layer):
-                module.forward = functools.partial(_adapted, module)  # type: ignore[method-assign]
-                replaced.append(module)
-            elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and whole:
-                module.forward = functools.partial(_applied, module)  # type: ignore[method-assign]
-                replaced.append(module)
+                module.forward = functools.partial(_adapted, module, halves)  # type: ignore[method-assign]
+            elif type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                module.forward = functools.partial(_applied, module, halves)  # type: ignore[method-assign]
+            elif type(module) is nn.Embedding and module.weight.requires_grad and _plain(module):
+                module.forward = functools.partial(_found, module)  # type: ignore[method-assign]
+            else:
+                continue
+            replaced.append(module)
     try:
         yield
     finally:
@@ -108,20 +173,31 @@ def own_products(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _applied(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+def _applied(layer: nn.Linear, halves: Halves, x: torch.Tensor) -> torch.Tensor:
+    if torch.is_autocast_enabled("cpu") and not layer.weight.requires_grad:
+        return nn.functional.linear(x, halves(layer.weight, torch.get_autocast_dtype("cpu")), layer.bias)
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not sound(torch.float32):
         return nn.functional.linear(x, layer.weight, layer.bias)
     return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
-def _adapted(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _plain(layer: nn.Embedding) -> bool:
+    return not layer.sparse and not layer.scale_grad_by_freq and layer.max_norm is None
+
+
+def _found(layer: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    return _Looked.apply(ids, layer.weight, layer.padding_idx)  # type: ignore[no-any-return]
+
+
+def _adapted(layer: Any, halves: Halves, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     found = None if args or kwargs else update_of(layer)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if found is not None and sound(dtype):
         (a, b, scale), base = found, layer.base_layer
         frozen = not any(p.requires_grad for p in base.parameters())
         if frozen and (torch.is_autocast_enabled("cpu") or {base.weight.dtype, a.dtype, b.dtype} == {dtype}):
-            return _Adapted.apply(x, base.weight, base.bias, a, b, scale, dtype)  # type: ignore[no-any-return]
+            weight = base.weight if base.weight.dtype == dtype else halves(base.weight, dtype)
+            return _Adapted.apply(x, weight, base.bias, a, b, scale, dtype)  # type: ignore[no-any-return]
     return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 

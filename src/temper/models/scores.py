@@ -19,13 +19,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from temper.errors import ModelError
 from temper.models import flex, segments
 from temper.models.attention import Carrier, refuses_trees, smallest_window, tree_mask
-from temper.models.products import own_products
+from temper.models.products import Halves, own_products
 from temper.trees import Node, Row, chain, flatten, join, rounded
 
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 8 * 2**20  # logits made at once, by default 8 M: 32 MiB in float32, whatever the vocabulary
 ON_CARDS = 16  # times as many
-KEPT = 4  # chunks that a head that is trained may keep for the backward pass; of more each is made again
+KEPT = 8  # chunks that a head that is trained may keep for the backward pass; of more each is made again
 
 
 class _Handed(BaseModelOutputWithPast):
@@ -117,6 +117,7 @@ class Policy(nn.Module):
         self.layout: Layout = layout
         self.temperature = 1.0
         self.segments = False  # attention piece by piece: once it is proven
+        self._halves = Halves()
         self._by_blocks = False  # whether the last tree pass was by FlexAttention
         self.train(hf.training)
 
@@ -131,10 +132,6 @@ class Policy(nn.Module):
 
     def forward(self, row: Row) -> torch.Tensor:
         """Log-probability of every scored token given its path, float32 [S], in the order of `row.tgt`."""
-        with own_products(self.hf):
-            return self._scored(row)
-
-    def _scored(self, row: Row) -> torch.Tensor:
         hidden, logits = self._hidden(row)
         scored = len(row.tgt)
         # The head's matrix products, too, come in few shapes: see `trees.ROUND`.
@@ -143,7 +140,7 @@ class Policy(nn.Module):
         targets = functional.pad(row.ids.index_select(0, row.tgt), (0, more))
 
         def score(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with own_products(self.inner):  # again, for when a chunk is computed anew in the backward pass
+            with own_products(self.inner, self._halves):  # here, for when a chunk is computed anew in the backward pass
                 return -functional.cross_entropy(logits(h), t, reduction="none")
 
         pieces = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
@@ -186,7 +183,7 @@ class Policy(nn.Module):
         self._by_blocks = carrier is flex.carrier
         if carrier is not None:
             row = segments.in_line(row)
-        with segments.read_at(backbone, row.src, len(row.ids)):
+        with own_products(self.hf, self._halves), segments.read_at(backbone, row.src, len(row.ids)):
             out = backbone(
                 input_ids=row.ids.view(row.lanes, -1),
                 position_ids=row.pos.view(row.lanes, -1),
@@ -219,7 +216,8 @@ class Policy(nn.Module):
         for k, line in enumerate(lines):
             ids[k, : len(line)] = row.ids[line]
             mask[k, : len(line)] = 1
-        out = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+        with own_products(self.hf, self._halves):
+            out = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, flat)
 
 

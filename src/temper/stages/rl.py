@@ -15,6 +15,7 @@ from temper.advantages import advantages
 from temper.data.chat import Encoder
 from temper.engine import device as devices
 from temper.engine.loop import Loop
+from temper.engine.settings import at_once
 from temper.errors import RecipeError, TrainingError
 from temper.job import Job
 from temper.losses import Terms, policy_losses, summed, with_divergence
@@ -145,9 +146,7 @@ class Rl(TrainingStage):
         "constant", "constant, cosine, linear or wsd, or {name: {option: value}}; see `temper list schedules`."
     )
     row_tokens: int = detail(1024, "Prompts with their completions are packed into rows of this many tokens.", ge=16)
-    micro_tokens: int = detail(
-        2048, "Tokens of one forward pass: rows stacked. It sets the memory; results do not depend on it.", ge=16
-    )
+    micro_tokens: int = at_once(1024)
     slots: int = detail(64, "Completions sampled at once.", ge=1, affects_result=False)
     samples: int = detail(4, "Completions of each rollout kept in samples.jsonl.", ge=0, affects_result=False)
 
