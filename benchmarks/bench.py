@@ -33,6 +33,7 @@ import torch
 from contest import Contest, Settings
 
 HERE = Path(__file__).parent
+SAME = {"float32": 1e-4, "bf16": 1e-2}  # how far apart the losses of the same work may be
 MODULES = ["tree_pass", "sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation"]
 
 
@@ -101,12 +102,14 @@ def held(
         facts = ours("make", settings=contest.ours)
         other("make", settings=theirs)
         losses = ours("loss"), other("loss")
+        if not abs(losses[0] - losses[1]) <= SAME[_precision(contest)]:
+            raise SystemExit(f"the two sides do not do the same: their losses are {losses[0]:g} and {losses[1]:g}")
         ours("epoch"), other("epoch")  # what is done once is not timed
         taken = [(ours("epoch"), other("epoch")) for _ in range(rounds)]
         memory = ours("memory"), other("memory")
     ratios = sorted(b / a for a, b in taken)
     a, b = (statistics.median(column) for column in zip(*taken, strict=True))
-    best = peaks["bf16" if contest.name.endswith("bf16") else "float32"]
+    best = peaks[_precision(contest)]
     out = {
         "name": contest.name,
         "against": contest.against,
@@ -132,6 +135,10 @@ def held(
         flush=True,
     )
     return out
+
+
+def _precision(contest: Contest) -> str:
+    return "bf16" if contest.name.endswith("bf16") else "float32"
 
 
 def machine(threads: int, peaks: dict[str, float]) -> dict[str, Any]:

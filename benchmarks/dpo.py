@@ -38,7 +38,8 @@ def _temper(folder: Path, rows: list[Any], settings: Settings) -> Side:
 def _trl(folder: Path, rows: list[Any], settings: Settings) -> Side:
     import datasets
     import trl_side
-    from shapes import tokenizer
+    from peft import LoraConfig
+    from shapes import LORA, tokenizer
     from trl import DPOConfig, DPOTrainer
 
     # a space before an answer: prompt and answer are joined as they are
@@ -50,7 +51,10 @@ def _trl(folder: Path, rows: list[Any], settings: Settings) -> Side:
         settings |= {"length_column_name": "length", "remove_unused_columns": False}
     config = DPOConfig(**trl_side.arguments(folder, settings))
     data = datasets.Dataset.from_dict(columns)
-    trainer = DPOTrainer(model=trl_side.model(lora=True), args=config, processing_class=tokenizer(), train_dataset=data)
+    trainer = DPOTrainer(  # an adapter that is there already would be copied, as its own reference
+        model=trl_side.model(lora=False), args=config, processing_class=tokenizer(), train_dataset=data,
+        peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
     found = [tuple(r[f"{n}_ids"] for n in ("prompt", "chosen", "rejected")) for r in trainer.train_dataset]
     assert found == [tuple(row) for row in rows], "the rows did not reach TRL as these ids"
     return trl_side.Trained(trainer, warmed=True)

@@ -22,7 +22,7 @@ from temper.engine.loop import Loop
 from temper.rollouts.decoding import Completion
 from temper.stages.experience import Experience
 from temper.stages.rollout import Rollout, text_of
-from temper.trees import Row, rows_of, split
+from temper.trees import Row
 
 
 class Caught(BaseException):
@@ -135,7 +135,7 @@ class Practised:
 
     def _rows(self) -> list[Row]:
         """The recorded completions as a rollout of the policy's own, made into rows as the stage makes them."""
-        made, plan = self.made, self.made.plan
+        made = self.made
         no = np.zeros(self.new, np.float32)
         done = [Completion(ids, False, None, no, no) for completions in self.recorded for ids in completions]
         texts = [text_of(c, made.sampler.tokenizer) for c in done]
@@ -146,5 +146,4 @@ class Practised:
         assert made.reference is not None
         rollout.columns["reference"] = made._score(rollout, made.reference)
         made._judge(0, rollout, np.zeros(len(done) * self.new))
-        parts = [part for tree in made._trees(rollout)[0] for part in split(tree, plan.micro_tokens)]
-        return rows_of(parts, plan.row_tokens, plan.micro_tokens)
+        return made.packed(made._trees(rollout)[0])

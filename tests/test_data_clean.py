@@ -152,7 +152,7 @@ def varied_texts(count: int, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
-def test_near_duplicates_are_those_of_brute_force(threshold):
+def test_near_duplicates_are_those_of_brute_force(threshold, monkeypatch):
     values = varied_texts(300, seed=4)
     expected: list[int | None] = []
     for i, text in enumerate(values):
@@ -162,8 +162,10 @@ def test_near_duplicates_are_those_of_brute_force(threshold):
     assert found == expected
     assert 20 < sum(j is not None for j in expected) < 250
     asked = varied_texts(300, seed=4)[150:]
-    expected = [next((j for j in range(150) if similarity(values[j], t) >= threshold), None) for t in asked]
-    assert near.near_matches(values[:150], asked, threshold) == expected
+    expected = [next((j for j in range(150) if similarity(values[j], t) >= threshold), -1) for t in asked]
+    assert near.near_matches(values[:150], asked, threshold).tolist() == expected
+    monkeypatch.setattr(near, "BLOCK", 40)  # blocks of either side meet
+    assert near.near_matches(iter(values[:150]), iter(asked), threshold).tolist() == expected
 
 
 def test_jaccard_and_signatures_estimate_it():

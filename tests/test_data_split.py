@@ -207,6 +207,24 @@ def test_rows_survive_parquet(tmp_path):
     assert "_where" not in sources.read("train.parquet", base=tmp_path).records[0].row
 
 
+def test_columns_have_the_kind_of_all_their_rows(tmp_path, monkeypatch):
+    """Which only the last of several batches may show."""
+    monkeypatch.setattr(cards, "BATCH", 2)
+    values = [None, None, 1, 2, 2.5]
+    made = [Record({"n": n, "who": [{"role": "user"}] if n is None else None}, f"f:{k}") for k, n in enumerate(values)]
+    made.append(Record({"n": 3, "who": [{"role": "user", "name": "Ann"}], "late": "x"}, "f:5"))
+    cards.write_rows(tmp_path / "x.parquet", made)
+    found = [r.row for r in cards.read_rows(tmp_path / "x.parquet")]
+    assert [r["n"] for r in found] == [None, None, 1.0, 2.0, 2.5, 3.0] and [r["late"] for r in found] == [None] * 5 + [
+        "x"
+    ]
+    assert [r["who"] for r in found] == [[{"role": "user"}]] * 2 + [None] * 3 + [[{"role": "user", "name": "Ann"}]]
+    assert list(pyarrow.parquet.read_schema(tmp_path / "x.parquet").names) == ["n", "who", "late", "_where"]
+    with pytest.raises(DataError, match="«n»") as caught:
+        cards.write_rows(tmp_path / "x.parquet", [*made, Record({"n": "four"}, "f:6")])
+    assert "str (f:6)" in caught.value.where and "float (f:4)" in caught.value.where
+
+
 def test_rows_that_parquet_cannot_hold(tmp_path):
     mixed = [Record({"a": 1}, "f:1"), Record({"a": "x"}, "f:2")]
     with pytest.raises(DataError) as caught:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -18,6 +20,8 @@ from temper.data.split import Leaks, Splits
 from temper.errors import DataError
 from temper.types import Record, Row
 
+T = TypeVar("T")
+BATCH = 4096  # rows written at once
 WHERE = "_where"  # the column that keeps where a row came from
 
 
@@ -40,7 +44,7 @@ def card(
         length: of one text, in `unit`.
         examples: so many first rows of train are shown.
     """
-    first = next((rows for rows in splits.values() if rows), [])
+    first: Sequence[Record] = next((rows for rows in splits.values() if rows), [])
     return {
         "source": source.name,
         "sha256": source.sha256,
@@ -61,16 +65,18 @@ def card(
 
 
 def _lengths(records: Sequence[Record], length: Callable[[str], int], unit: str) -> dict[str, Any]:
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[str, array[int]] = {}
     for record in records:
         for name, text in texts(record.row).items():
-            sizes.setdefault(name, []).append(length(text))
-    return {name: {"unit": unit} | _summary(sorted(values)) for name, values in sizes.items()}
+            sizes.setdefault(name, array("L")).append(length(text))
+    return {name: {"unit": unit} | _summary(np.sort(np.array(values))) for name, values in sizes.items()}
 
 
-def _summary(ordered: list[int]) -> dict[str, float]:
+def _summary(ordered: np.ndarray) -> dict[str, float]:
     nearest_rank = ordered[-(-95 * len(ordered) // 100) - 1]
-    return {"min": ordered[0], "median": statistics.median(ordered), "p95": nearest_rank, "max": ordered[-1]}
+    middle = float(np.median(ordered))
+    median = int(middle) if len(ordered) % 2 else middle
+    return {"min": int(ordered[0]), "median": median, "p95": int(nearest_rank), "max": int(ordered[-1])}
 
 
 def write_data(folder: Path, splits: Splits, dropped: Sequence[tuple[Record, str]]) -> None:
@@ -85,31 +91,69 @@ def write_data(folder: Path, splits: Splits, dropped: Sequence[tuple[Record, str
 def write_rows(path: Path, records: Sequence[Record]) -> None:
     """Rows as parquet, with where each came from in the column `_where`.
 
+    They are gone through twice: what kind of value a column holds is known when all rows were seen.
+
     Raises:
         DataError: a column holds values of different kinds, or what parquet cannot hold.
     """
-    names = list(dict.fromkeys(name for record in records for name in record.row))
-    columns = [_column(name, [record.row.get(name) for record in records], records) for name in names]
-    columns.append(pyarrow.array([record.where for record in records], pyarrow.string()))
+    schema = pyarrow.schema([*_kinds(records), pyarrow.field(WHERE, pyarrow.string())])
     try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=[*names, WHERE]), path)
+        with pyarrow.parquet.ParquetWriter(path, schema) as out:
+            for some in batched(records):
+                columns = [_column(f.name, [r.row.get(f.name) for r in some], records, f.type) for f in schema][:-1]
+                columns.append(pyarrow.array([record.where for record in some], pyarrow.string()))
+                out.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     except pyarrow.ArrowException as error:  # an object without keys ({}) is held in memory and cannot be written
         raise DataError(f"the rows cannot be written as parquet ({error})", where=str(path)) from None
 
 
-def _column(name: str, values: list[Any], records: Sequence[Record]) -> pyarrow.Array:
+def batched(items: Iterable[T]) -> Iterator[list[T]]:
+    """So many at a time that what is made of them is hardly felt."""
+    left = iter(items)
+    while some := list(islice(left, BATCH)):
+        yield some
+
+
+def _kinds(records: Sequence[Record]) -> pyarrow.Schema:
+    """The columns of all rows, each of a type that holds all its values."""
+    found = pyarrow.schema([])
+    for some in batched(records):
+        names = dict.fromkeys(name for record in some for name in record.row)
+        for name in names:
+            values = [record.row.get(name) for record in some]
+            found = _united(found, name, _column(name, values, records).type, records)
+    return found
+
+
+def _united(known: pyarrow.Schema, name: str, kind: pyarrow.DataType, records: Sequence[Record]) -> pyarrow.Schema:
+    place = known.get_field_index(name)
+    if place >= 0 and known.field(place).type == kind:
+        return known
     try:
-        return pyarrow.array(values)
+        return pyarrow.unify_schemas([known, pyarrow.schema([(name, kind)])], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise _mixed(name, error, records) from None
+
+
+def _column(
+    name: str, values: list[Any], records: Sequence[Record], kind: pyarrow.DataType | None = None
+) -> pyarrow.Array:
+    try:
+        return pyarrow.array(values, kind)
     except (pyarrow.ArrowException, OverflowError, UnicodeError) as error:  # UnicodeError: half a surrogate pair
-        kinds: dict[str, str] = {}
-        for record in records:
-            kinds.setdefault(type(record.row.get(name)).__name__, record.where)
-        seen = ", ".join(f"{kind} ({where})" for kind, where in kinds.items())
-        raise DataError(
-            f"the column «{name}» cannot be written as one kind of value ({error})",
-            where=f"kinds: {seen}",
-            do="make the column text by a template, or leave it out",
-        ) from None
+        raise _mixed(name, error, records) from None
+
+
+def _mixed(name: str, error: Exception, records: Sequence[Record]) -> DataError:
+    kinds: dict[str, str] = {}
+    for record in records:
+        kinds.setdefault(type(record.row.get(name)).__name__, record.where)
+    seen = ", ".join(f"{kind} ({where})" for kind, where in kinds.items())
+    return DataError(
+        f"the column «{name}» cannot be written as one kind of value ({error})",
+        where=f"kinds: {seen}",
+        do="make the column text by a template, or leave it out",
+    )
 
 
 def read_rows(path: Path) -> list[Record]:
@@ -138,14 +182,11 @@ def _without_nulls(value: Any) -> Any:
 
 def write_dropped(path: Path, dropped: Sequence[tuple[Record, str]]) -> None:
     """Dropped rows as parquet: `where`, `reason`, `row` (JSON)."""
-    table = pyarrow.table(
-        {
-            "where": pyarrow.array([record.where for record, _ in dropped], pyarrow.string()),
-            "reason": pyarrow.array([reason for _, reason in dropped], pyarrow.string()),
-            "row": pyarrow.array([_json(record.row) for record, _ in dropped], pyarrow.string()),
-        }
-    )
-    pyarrow.parquet.write_table(table, path)
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("where", "reason", "row")])
+    with pyarrow.parquet.ParquetWriter(path, schema) as out:
+        for some in batched(dropped):
+            lines = [{"where": r.where, "reason": reason, "row": _json(r.row)} for r, reason in some]
+            out.write_table(pyarrow.Table.from_pylist(lines, schema=schema))
 
 
 def _json(row: Row) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from temper.data.formats import normalised, prompt_of, text_of, texts
+from temper.data.digests import Digests
+from temper.data.formats import joined_text, key_of, prompt_of, text_of, texts
 from temper.data.near import near_duplicates
+from temper.data.spool import View, chosen, mapped
 from temper.errors import DataError
 from temper.types import Record, Row
 
@@ -83,8 +86,8 @@ class Drop(BaseModel):
 class Cleaned:
     """Rows that stay, in order, and rows that went, each with why."""
 
-    kept: list[Record]
-    dropped: list[tuple[Record, str]]
+    kept: Sequence[Record]
+    dropped: Sequence[tuple[Record, str]]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -105,19 +108,36 @@ def clean(records: Sequence[Record], drop: Drop, *, length: Callable[[Row], int]
     """
     patterns = [re.compile(pattern) for pattern in drop.matches]
     reasons: dict[int, str] = {}
+    keys = Digests()
     for i, record in enumerate(records):
         reason = next(_reasons(record, drop, patterns, length), None)
         if reason is not None:
             reasons[i] = reason
-    rest = [i for i in range(len(records)) if i not in reasons]
-    reasons |= {rest[j]: reason for j, reason in _duplicates([records[i] for i in rest], drop).items()}
-    cleaned = Cleaned(
-        [record for i, record in enumerate(records) if i not in reasons],
-        [(records[i], reasons[i]) for i in sorted(reasons)],
-    )
+        elif drop.duplicates != "off" and (key := key_of(record.row)):
+            keys.add(i, key)
+    reasons |= dict.fromkeys(keys.repeated().tolist(), "duplicate")
+    if drop.duplicates == "near":
+        rest = _but(len(records), reasons)
+        found = near_duplicates(mapped(chosen(records, rest), lambda r: joined_text(r.row)), drop.near_threshold)
+        near = [int(i) for i, earlier in zip(rest, found, strict=True) if earlier is not None]
+        reasons |= dict.fromkeys(near, "near duplicate")
+    gone = sorted(reasons)
+    whys = [reasons[i] for i in gone]
+    lost = chosen(records, np.array(gone, np.int64))
+    dropped: Sequence[tuple[Record, str]] = View(len(gone), lambda: zip(lost, whys, strict=True))
+    if isinstance(records, list):
+        dropped = list(dropped)
+    cleaned = Cleaned(chosen(records, _but(len(records), reasons)), dropped)
     if not cleaned.kept:
         raise _nothing_left(cleaned)
     return cleaned
+
+
+def _but(n: int, gone: Iterable[int]) -> np.ndarray:
+    """The numbers below n that are not gone, int64."""
+    stays = np.ones(n, bool)
+    stays[list(gone)] = False
+    return np.flatnonzero(stays)
 
 
 def _reasons(
@@ -158,26 +178,6 @@ def _ratio(record: Record) -> float:
             "drop.ratio compares a completion with its prompt, and this row has not both", where=record.where
         )
     return len(answer) / len(prompt) if prompt else float("inf")
-
-
-def _duplicates(records: list[Record], drop: Drop) -> dict[int, str]:
-    if drop.duplicates == "off":
-        return {}
-    found = [list(texts(record.row).items()) for record in records]
-    reasons: dict[int, str] = {}
-    seen: set[tuple[tuple[str, str], ...]] = set()
-    for i, parts in enumerate(found):
-        key = tuple((name, normalised(text)) for name, text in parts)
-        if key in seen and key:
-            reasons[i] = "duplicate"
-        seen.add(key)
-    if drop.duplicates == "near":
-        rest = [i for i in range(len(records)) if i not in reasons]
-        joined = ["\n".join(text for _, text in found[i]) for i in rest]
-        for i, earlier in zip(rest, near_duplicates(joined, drop.near_threshold), strict=True):
-            if earlier is not None:
-                reasons[i] = "near duplicate"
-    return reasons
 
 
 def _nothing_left(cleaned: Cleaned) -> DataError:

@@ -1,17 +1,19 @@
-"""Reading one local file: bytes → text → rows with the line where each starts."""
+"""Reading one local file: bytes → text → rows with the line where each starts, a block at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +21,7 @@ import pyarrow.parquet
 from temper.errors import DataError
 from temper.types import Row
 
+BATCH = 1024  # rows of a parquet file that are made at once
 Rows = Iterator[tuple[Row, int]]  # rows and their lines (parquet: row numbers), from 1
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB refuses long documents
@@ -46,19 +49,42 @@ def read_file(path: Path, encoding: str) -> Rows:
     kind = kind_of(path)
     if kind is None:
         raise DataError(f"{path.name} is of no kind that can be read", where=str(path), do=f"{KINDS}, or .gz of them")
-    if kind == "parquet":
-        return _parquet(path)
-    return _READERS[kind](decode(_bytes(path), encoding, path), path)
+    return _READERS[kind](path, encoding)
 
 
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     if path.suffix.lower() != ".gz":
-        return data
+        with path.open("rb") as file:
+            yield file
+        return
     try:
-        return gzip.decompress(data)
+        with gzip.open(path) as unpacked:
+            yield unpacked  # type: ignore[misc]
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"the gzip file is damaged ({error})", where=str(path)) from None
+
+
+def _text(path: Path, encoding: str) -> str:
+    with _opened(path) as file:
+        return decode(file.read(), encoding, path)
+
+
+def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
+    """Lines with their ends, a block of the file at a time.
+
+    Args:
+        newline: "\\n", or "" where a line may end otherwise; as for `open`.
+    """
+    with _opened(path) as file, contextlib.suppress(LookupError, UnicodeDecodeError):
+        with io.TextIOWrapper(file, encoding, newline=newline) as text:
+            first = next(text, None)
+            if first is not None:
+                yield first.removeprefix("\ufeff")
+                yield from text
+        return
+    _text(path, encoding)  # says where
+    raise AssertionError("what cannot be read by lines was read whole")
 
 
 def decode(data: bytes, encoding: str, path: Path) -> str:
@@ -87,11 +113,12 @@ def decode(data: bytes, encoding: str, path: Path) -> str:
     )
 
 
-def _csv(text: str, path: Path, delimiter: str = "") -> Rows:
+def _csv(path: Path, encoding: str, delimiter: str = "") -> Rows:
+    lines = _lines(path, encoding, "")
+    header = next(lines, "")
     if not delimiter:
-        header = text.partition("\n")[0]
         delimiter = next((mark for mark in ",;\t" if mark in header), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     names: list[str] = []
     line = 1
     while True:
@@ -122,8 +149,8 @@ def _csv(text: str, path: Path, delimiter: str = "") -> Rows:
         yield dict(zip(names, cells, strict=True)), start
 
 
-def _tsv(text: str, path: Path) -> Rows:
-    return _csv(text, path, "\t")
+def _tsv(path: Path, encoding: str) -> Rows:
+    return _csv(path, encoding, "\t")
 
 
 def _object(value: Any, path: Path, line: int) -> Row:
@@ -132,12 +159,12 @@ def _object(value: Any, path: Path, line: int) -> Row:
     return value
 
 
-def _jsonl(text: str, path: Path) -> Rows:
-    for line, part in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a string
+def _jsonl(path: Path, encoding: str) -> Rows:
+    for line, part in enumerate(_lines(path, encoding, "\n"), 1):  # splitlines would cut at U+2028 inside a string
         if not part.strip():
             continue
         try:
-            value = json.loads(part)
+            value = json.loads(part.removesuffix("\n"))  # or an error at its end would stand in the next line
         except json.JSONDecodeError as error:
             raise DataError(f"broken JSON: {error.msg} at column {error.colno}", where=f"{path}:{line}") from None
         yield _object(value, path, line), line
@@ -146,12 +173,14 @@ def _jsonl(text: str, path: Path) -> Rows:
 _SPACE = re.compile(r"[\s,:]*")  # what may stand between two JSON values; json.loads has checked that it does
 
 
-def _json(text: str, path: Path) -> Rows:
+def _json(path: Path, encoding: str) -> Rows:
+    """The one format that is held in memory whole."""
+    text = _text(path, encoding)
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{") and "\n" in text[: error.pos]:
-            yield from _jsonl(text, path)  # JSON lines under another name
+            yield from _jsonl(path, encoding)  # JSON lines under another name
             return
         raise DataError(f"broken JSON: {error.msg} at column {error.colno}", where=f"{path}:{error.lineno}") from None
     position = text.index("[") if isinstance(whole, list) else _list_inside(text, whole, path)
@@ -193,11 +222,10 @@ def _items(text: str, position: int) -> Iterator[tuple[Any, int]]:
         yield value, start
 
 
-def _paragraphs(text: str, path: Path) -> Rows:
-    del path
+def _paragraphs(path: Path, encoding: str) -> Rows:
     lines: list[str] = []
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(itertools.chain(_lines(path, encoding, "\n"), [""]), 1):
+        line = line.removesuffix("\n").removesuffix("\r")
         if line.strip():
             lines.append(line)
         elif lines:
@@ -205,23 +233,26 @@ def _paragraphs(text: str, path: Path) -> Rows:
             lines = []
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, encoding: str) -> Rows:
+    del encoding
+    numbers = itertools.count(1)
     try:
-        source = io.BytesIO(_bytes(path)) if path.suffix.lower() == ".gz" else path
-        rows = pyarrow.parquet.read_table(source).to_pylist()
+        with _opened(path) as file:
+            source = io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(BATCH):
+                for row, number in zip(batch.to_pylist(), numbers, strict=False):
+                    row.pop("_where", None)  # written by an earlier run: see card.write_rows
+                    yield row, number
     except pyarrow.ArrowException as error:
         raise DataError(f"not a parquet file, or a damaged one ({error})", where=str(path)) from None
-    for number, row in enumerate(rows, 1):
-        row.pop("_where", None)  # written by an earlier run: see card.write_rows
-        yield row, number
 
 
-_READERS: dict[str, Callable[[str, Path], Rows]] = {
+_READERS: dict[str, Callable[[Path, str], Rows]] = {
     "csv": _csv,
     "tsv": _tsv,
     "jsonl": _jsonl,
     "json": _json,
     "txt": _paragraphs,
-    "parquet": lambda text, path: _parquet(path),
+    "parquet": _parquet,
 }
 KINDS = ", ".join(sorted(_READERS))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from temper.data.templates import filled, is_null, parsed
@@ -54,6 +54,17 @@ def apply(
     *,
     keep: Sequence[str] = (),
 ) -> list[Record]:
+    """As `applied`, all at once."""
+    return list(applied(records, templates, types, keep=keep))
+
+
+def applied(
+    records: Sequence[Record],
+    templates: dict[str, Any],
+    types: Collection[str] | None = None,
+    *,
+    keep: Sequence[str] = (),
+) -> Iterator[Record]:
     """Rows made by `templates` and checked to be of one dataset type.
 
     Args:
@@ -73,11 +84,10 @@ def apply(
         if key in keep:
             raise RecipeError(f"«{key}» is both kept and made by a template", do="take it out of `keep`")
     ready = {key: parsed(template, key) for key, template in templates.items()}
-    known = {name for record in records for name in record.row}
+    known = {name for record in records for name in record.row} if keep else set[str]()
     for name in keep:
         if name not in known:
             raise DataError(f"there is no column «{name}» to keep", do=nearest(name, known))
-    out: list[Record] = []
     first = ""
     for record in records:
         row = {key: filled(template, record, key) for key, template in ready.items()} if ready else dict(record.row)
@@ -89,14 +99,13 @@ def apply(
         first = first or kind
         if kind != first:
             raise DataError(f"the rows are {first} up to here, and this one is {kind}", where=record.where)
-        out.append(Record(row, record.where))
-    if first and types is not None and first not in types:
-        raise DataError(
-            f"these rows are {first}; what is needed: {' or '.join(types)}",
-            where=out[0].where,
-            do="give templates (prompt, completion, chosen, rejected, messages, text, label) that make such rows",
-        )
-    return out
+        if types is not None and kind not in types:
+            raise DataError(
+                f"these rows are {kind}; what is needed: {' or '.join(types)}",
+                where=record.where,
+                do="give templates (prompt, completion, chosen, rejected, messages, text, label) that make such rows",
+            )
+        yield Record(row, record.where)
 
 
 def dataset_type(row: Row, *, where: str = "") -> str:
@@ -213,6 +222,15 @@ def texts(row: Row) -> dict[str, str]:
         names = [name for name in names if name != "text"]
     found = {name: text_of(row[name]) for name in names}
     return {name: text for name, text in found.items() if text is not None}
+
+
+def key_of(row: Row) -> str:
+    """What makes two rows equal: their text but for case and spaces. Empty where a row has none."""
+    return "\x1f".join(f"{name}\x1e{normalised(text)}" for name, text in texts(row).items())
+
+
+def joined_text(row: Row) -> str:
+    return "\n".join(texts(row).values())
 
 
 def prompt_of(row: Row) -> str | None:

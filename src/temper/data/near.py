@@ -9,13 +9,19 @@ Legend: n shingles, K hash functions, B bands of R hashes (B·R ≤ K).
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from temper.data.spool import unnamed
+
 WORDS = 5
 K = 128
+BLOCK = 16_384  # texts of either side that are compared at once
 
 # Scripts written without spaces give one word a character, or a whole sentence would be one word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
@@ -110,10 +116,8 @@ class NearIndex:
         if not slots:
             return None
         candidates = np.array(sorted(slots))
-        # Sets built from one form meet in many buckets. The share of equal hashes estimates the similarity with a
-        # standard deviation of at most 0.044; what is five of them below the threshold is not looked at.
         estimate = (self._signatures[candidates] == signature_K).mean(1)
-        for slot in candidates[estimate >= self.threshold - 5 * np.sqrt(self.threshold * (1 - self.threshold) / K)]:
+        for slot in candidates[estimate >= _least(self.threshold)]:
             if jaccard(self._sets[slot], shingles_n) >= self.threshold:
                 return self._names[slot]
         return None
@@ -123,8 +127,11 @@ class NearIndex:
             yield band, signature_K[band * self._r : (band + 1) * self._r].tobytes()
 
 
-def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
-    """For each text the index of the earlier, itself kept, text that it nearly repeats; None: it is kept."""
+def near_duplicates(texts: Iterable[str], threshold: float) -> list[int | None]:
+    """For each text the index of the earlier, itself kept, text that it nearly repeats; None: it is kept.
+
+    What is kept stays in memory: some 8 kB a text.
+    """
     shingler, index = Shingler(), NearIndex(threshold)
     out: list[int | None] = []
     for i, text in enumerate(texts):
@@ -139,11 +146,81 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
     return out
 
 
-def near_matches(known: Sequence[str], asked: Sequence[str], threshold: float) -> list[int | None]:
-    """For each text asked about the index of the first known text that it nearly repeats, or None."""
-    shingler, index = Shingler(), NearIndex(threshold)
-    for i, text in enumerate(known):
-        if len(shingles := shingler(text)):
-            index.add(i, shingles, signature(shingles))
-    found = [(shingler(text)) for text in asked]
-    return [index.find(shingles, signature(shingles)) if len(shingles) else None for shingles in found]
+class Sketches:
+    """Signatures and shingles of texts, on disk; in memory is where each text's shingles end, 8 bytes."""
+
+    def __init__(self, texts: Iterable[str], shingler: Shingler) -> None:
+        self._signatures, self._shingles = unnamed(self), unnamed(self)
+        ends, end = array("Q", [0]), 0
+        for text in texts:
+            shingles = shingler(text)
+            self._signatures.write((signature(shingles) if len(shingles) else np.zeros(K, np.uint32)).tobytes())
+            self._shingles.write(shingles.tobytes())
+            end += len(shingles)
+            ends.append(end)
+        self._signatures.flush()
+        self._shingles.flush()
+        self._ends = np.frombuffer(ends, np.uint64).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def signatures(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of the texts in [first, last) that are not blank, int64 [n]; their signatures, uint32 [n, K])"""
+        found = os.pread(self._signatures.fileno(), 4 * K * (last - first), 4 * K * first)
+        full = np.flatnonzero(np.diff(self._ends[first : last + 1])) + first
+        return full, np.frombuffer(found, np.uint32).reshape(-1, K)[full - first]
+
+    def shingles(self, i: int) -> np.ndarray:
+        """uint64 [n], sorted"""
+        first, last = 8 * int(self._ends[i]), 8 * int(self._ends[i + 1])
+        return np.frombuffer(os.pread(self._shingles.fileno(), last - first, first), np.uint64)
+
+
+def near_matches(known: Iterable[str], asked: Iterable[str], threshold: float) -> np.ndarray:
+    """For each text asked about the index of the first known text that it nearly repeats, or −1; int64.
+
+    Blocks of either side meet, so memory does not grow with the texts.
+    """
+    shingler = Shingler()
+    there, here = Sketches(known, shingler), Sketches(asked, shingler)
+    found = np.full(len(here), -1, np.int64)
+    least = _least(threshold)
+    for begin in range(0, len(here), BLOCK):
+        mine, my_signatures = here.signatures(begin, min(begin + BLOCK, len(here)))
+        for start in range(0, len(there), BLOCK):
+            theirs, their_signatures = there.signatures(start, min(start + BLOCK, len(there)))
+            open_ = found[mine] < 0
+            for a, b in _alike(my_signatures[open_], their_signatures, threshold):
+                i, shingles = mine[open_][a], here.shingles(int(mine[open_][a]))
+                estimate = (their_signatures[b] == my_signatures[open_][a]).mean(1)
+                for j in theirs[b[estimate >= least]]:
+                    if jaccard(there.shingles(int(j)), shingles) >= threshold:
+                        found[i] = j
+                        break
+    return found
+
+
+def _least(threshold: float) -> float:
+    """The share of equal hashes estimates the similarity with a standard deviation of at most 0.044; what is five of
+    them below the threshold is not looked at. Sets built from one form meet in many buckets."""
+    return threshold - 5 * math.sqrt(threshold * (1 - threshold) / K)
+
+
+def _alike(mine: np.ndarray, theirs: np.ndarray, threshold: float) -> Iterator[tuple[int, np.ndarray]]:
+    """(a of mine, those of theirs that share a band of hashes with it, ascending), of [n, K] and [m, K]."""
+    b, r = bands(threshold)
+    meetings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of a band: order of theirs, first and last equal
+    for band in range(b):
+        one, other = (_mixed(s[:, band * r : (band + 1) * r]) for s in (mine, theirs))
+        order = np.argsort(other, kind="stable")
+        first, last = (np.searchsorted(other[order], one, side) for side in ("left", "right"))
+        meetings.append((order, first, last))
+    some = np.flatnonzero(np.any([last > first for _, first, last in meetings], 0))
+    for a in some.tolist():
+        yield a, np.unique(np.concatenate([order[first[a] : last[a]] for order, first, last in meetings]))
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """One number for the hashes of a band, uint64 [n]; two bands that differ seldom share it, and are then told apart."""
+    return _mix((hashes.astype(np.uint64) * _MULTIPLY_K[: hashes.shape[1], 0]).sum(1, dtype=np.uint64))

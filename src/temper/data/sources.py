@@ -13,7 +13,7 @@ import functools
 import glob
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from temper.data import hub, mini
 from temper.data.files import KINDS, kind_of, read_file
+from temper.data.spool import Spool, chosen, mapped
 from temper.errors import DataError, RecipeError, nearest
 from temper.types import Record
 
@@ -34,7 +35,7 @@ class Source:
     """The rows of a source, and what identifies them."""
 
     name: str  # as the recipe wrote it
-    records: list[Record]
+    records: Sequence[Record]
     sha256: str | None = None  # of the content of local files (mini: of name and version); None for the hub
     revision: str | None = None  # of the hub: the commit
 
@@ -50,6 +51,7 @@ def read(
     base: Path,
     rows: int | None = None,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Source:
     """All rows of a source, each with where it came from (`train.jsonl:17`, the line it starts at).
 
@@ -63,6 +65,7 @@ def read(
         base: the recipe's folder.
         rows: mini: how many to make; otherwise at most so many are kept, drawn by `seed`, in their order.
         seed: of that draw, and of mini sets.
+        folder: where rows lie while they are used, in a file without a name; None: the system's place for such.
 
     Raises:
         RecipeError: an option that this kind of source does not have; an unknown mini set.
@@ -76,16 +79,18 @@ def read(
     if source.startswith(MINI):
         name = _mini_name(source)
         made = mini.load(name, split=split, rows=rows, seed=seed)
-        records = [Record(row, f"{source}#{i}") for i, row in enumerate(made)]
+        records: Sequence[Record] = [Record(row, f"{source}#{i}") for i, row in enumerate(made)]
         sha256 = fingerprint(source, base)
     elif local:
         paths = _files(source, base, split)
         sha256 = _content(paths)
-        records = _sample(_read_files(paths, encoding), rows, seed)
+        every = Spool(_read_files(paths, encoding), folder)
+        records = every if rows is None else chosen(every, _draw(len(every), rows, seed))
     else:
         data, commit = hub.load(source, config=config, split=split, revision=revision)
         indices = _draw(len(data), rows, seed)
-        records = [Record(row, f"{source}#{i}") for i, row in zip(indices, data.select(indices).to_list(), strict=True)]
+        read_rows = zip(indices.tolist(), data.select(indices), strict=True)
+        records = Spool((Record(dict(row), f"{source}#{i}") for i, row in read_rows), folder)
     if not records:
         raise DataError(f"«{source}» holds no rows")
     return Source(source, records if columns is None else _only(records, columns), sha256, commit)
@@ -182,15 +187,14 @@ def _data_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_files(paths: list[Path], encoding: str) -> list[Record]:
+def _read_files(paths: list[Path], encoding: str) -> Iterator[Record]:
     folder = paths[0].parent
     while not all(path.is_relative_to(folder) for path in paths):
         folder = folder.parent
-    return [
-        Record(row, f"{path.relative_to(folder).as_posix()}:{line}")
-        for path in paths
-        for row, line in read_file(path, encoding)
-    ]
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        for row, line in read_file(path, encoding):
+            yield Record(row, f"{name}:{line}")
 
 
 def _content(paths: list[Path]) -> str:
@@ -205,22 +209,19 @@ def _content(paths: list[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _draw(n: int, rows: int | None, seed: int) -> list[int]:
+def _draw(n: int, rows: int | None, seed: int) -> np.ndarray:
+    """Numbers below n, int64, ascending."""
     if rows is None or rows >= n:
-        return list(range(n))
-    return sorted(np.random.default_rng(seed).permutation(n)[:rows].tolist())
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:rows])
 
 
-def _sample(records: list[Record], rows: int | None, seed: int) -> list[Record]:
-    return [records[i] for i in _draw(len(records), rows, seed)]
-
-
-def _only(records: list[Record], columns: Sequence[str]) -> list[Record]:
+def _only(records: Sequence[Record], columns: Sequence[str]) -> Sequence[Record]:
     known = {name for record in records for name in record.row}
     for name in columns:
         if name not in known:
             raise DataError(f"there is no column «{name}»", where=records[0].where, do=nearest(name, known))
-    return [Record({name: r.row[name] for name in columns if name in r.row}, r.where) for r in records]
+    return mapped(records, lambda r: Record({name: r.row[name] for name in columns if name in r.row}, r.where))
 
 
 def _no_match(pattern: Path) -> DataError:

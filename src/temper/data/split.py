@@ -6,16 +6,19 @@ together, and rows that are added later move no row from one split to another.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from temper.data.formats import canonical, normalised, prompt_of, texts
-from temper.data.near import near_matches
-from temper.errors import DataError, RecipeError, nearest
-from temper.types import Record, Row
+import numpy as np
 
-Splits = dict[str, list[Record]]
+from temper.data.digests import Digests, digest
+from temper.data.formats import canonical, joined_text, key_of, normalised, prompt_of
+from temper.data.near import near_matches
+from temper.data.spool import at, chosen, joined, mapped
+from temper.errors import DataError, RecipeError, nearest
+from temper.types import Record
+
+Splits = Mapping[str, Sequence[Record]]
 
 
 def split(
@@ -41,25 +44,22 @@ def split(
         DataError: too few rows or different prompts; a row without the column `group`.
     """
     _check(validation, test)
-    groups: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        groups.setdefault(_key(record, group), []).append(i)
-    ordered = sorted(groups, key=lambda key: (_number(key, seed), key))
+    hashes = np.fromiter((_number(_key(record, group), seed) for record in records), np.uint64, len(records))
+    ordered, which, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
     asked = (test > 0) + (validation > 0)
     if len(ordered) <= asked:
         raise DataError(
             f"{len(records)} rows with {len(ordered)} different {group or 'prompts'} cannot make {asked + 1} splits",
             do="set validation: 0 or test: 0, give more rows, or name another column with `group`",
         )
-    taken_test = _take(ordered, test, groups, seed, spare=1 + (validation > 0))
-    rest = [key for key in reversed(ordered) if key not in taken_test]
-    taken_validation = _take(rest, validation, groups, seed, spare=1, high=True)
-    place = dict.fromkeys(taken_test, "test") | dict.fromkeys(taken_validation, "validation")
-    names = ["train"] + ["validation"] * (validation > 0) + ["test"] * (test > 0)
-    indices: dict[str, list[int]] = {name: [] for name in names}
-    for key, members in groups.items():
-        indices[place.get(key, "train")] += members
-    return {name: [records[i] for i in sorted(members)] for name, members in indices.items()}
+    names = ["train", "validation", "test"]
+    place = np.zeros(len(ordered), np.int8)
+    place[_take(ordered, sizes, test, spare=1 + (validation > 0))] = 2
+    rest = np.flatnonzero(place == 0)[::-1]
+    place[rest[_take(~ordered[rest], sizes[rest], validation, spare=1)]] = 1
+    of_rows = place[which]
+    used = [0] + [1] * (validation > 0) + [2] * (test > 0)
+    return {names[k]: chosen(records, np.flatnonzero(of_rows == k)) for k in used}
 
 
 def _check(validation: float | int, test: float | int) -> None:
@@ -72,27 +72,28 @@ def _check(validation: float | int, test: float | int) -> None:
         raise RecipeError(f"validation {validation} and test {test} leave nothing to train on")
 
 
-def _take(
-    ordered: list[str], size: float | int, groups: dict[str, list[int]], seed: int, *, spare: int, high: bool = False
-) -> set[str]:
-    """Groups from the front of `ordered`, at least one and leaving at least `spare`."""
+def _take(ordered: np.ndarray, sizes: np.ndarray, size: float | int, *, spare: int) -> np.ndarray:
+    """Which groups are taken from the front, at least one and leaving at least `spare`; int64.
+
+    Args:
+        ordered: hashes of the groups, ascending, uint64 [G].
+        sizes: rows of each group.
+    """
     if not size:
-        return set()
+        return np.zeros(0, np.int64)
     most = len(ordered) - spare
-    taken: list[str] = []
+    if isinstance(size, float):
+        # the share of hashes below `size`, in the 53 bits that a float holds below 1
+        return np.arange(max(1, min(most, np.searchsorted(ordered >> np.uint64(11), size * 2.0**53))))
+    taken: list[int] = []
     rows = 0
-    for key in ordered:
-        if len(taken) == most:
+    for k, more in enumerate(sizes.tolist()):
+        if len(taken) == most or rows == size:
             break
-        if isinstance(size, float):
-            number = _number(key, seed)
-            if not (number >= 1 - size if high else number < size):
-                break
-            taken.append(key)
-        elif rows + len(groups[key]) <= size:
-            taken.append(key)
-            rows += len(groups[key])
-    return set(taken or ordered[:1])
+        if rows + more <= size:
+            taken.append(k)
+            rows += more
+    return np.array(taken or [0], np.int64)
 
 
 def _key(record: Record, group: str | None) -> str:
@@ -104,16 +105,12 @@ def _key(record: Record, group: str | None) -> str:
     prompt = prompt_of(row)
     if prompt is not None:
         return "prompt\x1f" + normalised(prompt)
-    return _text(row) or canonical(row)
+    return key_of(row) or canonical(row)
 
 
-def _text(row: Row) -> str:
-    return "\x1f".join(f"{name}\x1e{normalised(text)}" for name, text in texts(row).items())
-
-
-def _number(key: str, seed: int) -> float:
-    digest = hashlib.blake2b(f"{seed}\x1f{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: all that a float holds below 1
+def _number(key: str, seed: int) -> int:
+    """64 bits that stand for a group: its place among all others, the same whatever the others are."""
+    return digest(f"{seed}\x1f{key}")
 
 
 @dataclass(frozen=True)
@@ -138,35 +135,33 @@ def leaks(splits: Splits, *, near: bool = True, threshold: float = 0.8, examples
         examples: at most so many of each kind are named.
     """
     train = splits.get("train", [])
-    held = [(name, record) for name in ("validation", "test") for record in splits.get(name, [])]
-    by_text = {_text(record.row): record for record in reversed(train)}
-    by_prompt = {normalised(p): record for record in reversed(train) if (p := prompt_of(record.row)) is not None}
-    found: dict[str, list[dict[str, str]]] = {"exact": [], "near": [], "prompt": []}
-
-    def note(kind: str, name: str, record: Record, other: Record) -> None:
-        found[kind].append({"kind": kind, "split": name, "where": record.where, "train": other.where})
-
-    rest: list[tuple[str, Record]] = []
-    for name, record in held:
-        key, prompt = _text(record.row), prompt_of(record.row)
-        if key and key in by_text:
-            note("exact", name, record, by_text[key])
-        else:
-            rest.append((name, record))
-        if prompt is not None and normalised(prompt) in by_prompt:
-            note("prompt", name, record, by_prompt[normalised(prompt)])
-    if near and rest:
-        matches = near_matches([_joined(r.row) for r in train], [_joined(r.row) for _, r in rest], threshold)
-        for (name, record), index in zip(rest, matches, strict=True):
-            if index is not None:
-                note("near", name, record, train[index])
-    return Leaks(
-        len(found["exact"]),
-        len(found["near"]),
-        len(found["prompt"]),
-        [example for kind in found.values() for example in kind[:examples]],
-    )
+    names = [name for name in ("validation", "test") if name in splits]
+    held = joined(*(splits[name] for name in names))
+    ends = np.cumsum([len(splits[name]) for name in names])
+    (texts_there, prompts_there), (texts_here, prompts_here) = _keys(train), _keys(held)
+    exact, same = texts_here.standing_in(texts_there), prompts_here.standing_in(prompts_there)
+    rest = np.setdiff1d(np.arange(len(held)), exact[0])
+    pairs = {"exact": exact, "near": (np.zeros(0, np.int64),) * 2, "prompt": same}
+    if near and len(rest) and len(train):
+        asked = mapped(chosen(held, rest), lambda r: joined_text(r.row))
+        found = near_matches(mapped(train, lambda r: joined_text(r.row)), asked, threshold)
+        pairs["near"] = rest[found >= 0], found[found >= 0]
+    shown = [
+        {"kind": kind, "split": names[int(np.searchsorted(ends, i, side="right"))], "where": here.where, "train": there.where}
+        for kind, (places, others) in pairs.items()
+        for i, here, there in zip(
+            places[:examples].tolist(), at(held, places[:examples].tolist()), at(train, others[:examples].tolist()), strict=True
+        )
+    ]  # fmt: skip
+    return Leaks(len(exact[0]), len(pairs["near"][0]), len(same[0]), shown)
 
 
-def _joined(row: Row) -> str:
-    return "\n".join(texts(row).values())
+def _keys(records: Sequence[Record]) -> tuple[Digests, Digests]:
+    """Of texts and of prompts, as far as rows have them."""
+    texts, prompts = Digests(), Digests()
+    for i, record in enumerate(records):
+        if key := key_of(record.row):
+            texts.add(i, key)
+        if (prompt := prompt_of(record.row)) is not None:
+            prompts.add(i, normalised(prompt))
+    return texts, prompts

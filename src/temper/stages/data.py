@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from temper.data import sources
 from temper.data.card import card, write_data
 from temper.data.chat import Format
 from temper.data.clean import TOO_LONG, Drop, clean
-from temper.data.formats import apply, texts
-from temper.data.split import Splits, leaks, split
+from temper.data.formats import applied, texts
+from temper.data.split import leaks, split
+from temper.data.spool import Spool, joined
 from temper.job import Job
 from temper.models import load
 from temper.recipe import ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
 from temper.types import Record
 
+COUNTED = 20_000  # texts whose tokens are counted once
 FEW = 10  # rows of train below which hardly anything can be learnt
 TEMPLATES = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label")
 
@@ -82,33 +85,34 @@ class Data(Stage):
     def run(self, job: Job) -> None:
         length, unit = self._length(job)
         source = self._read(job, self.source, self.split, self.take)
-        mapped = {"train": self._mapped(source.records)}
+        mapped = {"train": self._mapped(job, source.records)}
         for name in ("validation", "test"):
             value = getattr(self, name)
             if isinstance(value, str):
                 other = self._read(
                     job, *((self.source, value[6:]) if value.startswith("split:") else (value, None)), None
                 )
-                mapped[name] = self._mapped(other.records)
-        dropped: list[tuple[Record, str]] = []
-        splits: Splits = {}
+                mapped[name] = self._mapped(job, other.records)
+        gone: list[Sequence[tuple[Record, str]]] = []
+        splits: dict[str, Sequence[Record]] = {}
         for name, records in mapped.items():
             cleaned = clean(
                 records,
                 self.drop,
                 length=(lambda row: sum(length(t) for t in texts(row).values())) if unit == "tokens" else None,
             )
-            dropped += cleaned.dropped
+            gone.append(cleaned.dropped)
             splits[name] = cleaned.kept
+        dropped = joined(*gone)
         self._warn_of_loss(job, mapped, dropped, length, unit)
         sizes = {n: v if not isinstance(v := getattr(self, n), str) else 0 for n in ("validation", "test")}
         own = split(
             splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group
         )
-        splits = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
-        found = leaks(splits, near=self.near_leaks)
-        write_data(job.dir, splits, dropped)
-        described = card(source, splits, dropped, found, length=length, unit=unit)
+        parts = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
+        found = leaks(parts, near=self.near_leaks)
+        write_data(job.dir, parts, dropped)
+        described = card(source, parts, dropped, found, length=length, unit=unit)
         described["rows_in"] = sum(len(r) for r in mapped.values())
         write_json(job.dir / "card.json", described)
         job.counts["examples"] = described["rows_out"]
@@ -118,13 +122,13 @@ class Data(Stage):
     def _warn_of_loss(
         self,
         job: Job,
-        mapped: dict[str, list[Record]],
-        dropped: list[tuple[Record, str]],
+        mapped: dict[str, Sequence[Record]],
+        dropped: Sequence[tuple[Record, str]],
         length: Callable[[str], int],
         unit: str,
     ) -> None:
         """More than half of the rows gone is seldom what was meant; where by length, how long rows are says what to do."""
-        every = [record for records in mapped.values() for record in records]
+        every = joined(*mapped.values())
         if 2 * len(dropped) <= len(every):
             return
         counts = Counter(why for _, why in dropped)
@@ -132,7 +136,9 @@ class Data(Stage):
             f"{len(dropped):,} of {len(every):,} rows are dropped ({_counted(counts)}); data/dropped.parquet has them"
         )
         if TOO_LONG in counts:
-            sizes = np.array([sum(length(t) for t in texts(record.row).values()) for record in every])
+            sizes = np.fromiter(
+                (sum(length(t) for t in texts(record.row).values()) for record in every), int, len(every)
+            )
             text += (
                 f". Rows are {np.median(sizes):,.0f} {unit} long in the median, 95 % of them up to "
                 f"{np.quantile(sizes, 0.95):,.0f}, and drop.longer_than is {self.drop.longer_than:,}"
@@ -174,23 +180,22 @@ class Data(Stage):
             base=job.recipe.folder,
             rows=rows,
             seed=job.recipe.seed,
+            folder=job.dir,
         )
 
-    def _mapped(self, records: list[Record]) -> list[Record]:
+    def _mapped(self, job: Job, records: Sequence[Record]) -> Sequence[Record]:
         templates = {name: getattr(self, name) for name in TEMPLATES if getattr(self, name) is not None}
-        return apply(records, templates, keep=self.keep)
+        return Spool(applied(records, templates, keep=self.keep), job.dir)
 
     def _length(self, job: Job) -> tuple[Callable[[str], int], str]:
         """Length of a text, and its unit."""
         if self.tokenizer is None:
             return len, "characters"
         tokenizer = load.tokenizer(job.model(self.tokenizer), trust_remote_code=job.recipe.trust_remote_code)
-        known: dict[str, int] = {}
 
+        @functools.lru_cache(COUNTED)  # asked for more than once
         def count(text: str) -> int:
-            if text not in known:
-                known[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            return known[text]
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         return count, "tokens"
 

@@ -80,8 +80,11 @@ class Experience:
                 batches.insert(0, batches.pop(first))
             self.current = (number, batches)
             self._forget(number)
-        trees = self.current[1][within % self.plan.steps]
-        parts = [part for tree in trees for part in split(tree, self.plan.micro_tokens)]
+        return self.packed(self.current[1][within % self.plan.steps])
+
+    def packed(self, trees: list[Tree]) -> list[Row]:
+        """One update's prompts as rows. What is longer than two passes is cut: each part repeats the prompt."""
+        parts = [part for tree in trees for part in split(tree, 2 * self.plan.micro_tokens)]
         return rows_of(parts, self.plan.row_tokens, self.plan.micro_tokens)
 
     def trial(self) -> tuple[float, list[Row]]:
