@@ -94,6 +94,34 @@ def test_sft_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Pa
     assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 20
 
 
+def test_a_killed_run_goes_on_with_fewer_tokens_at_a_time(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+    """As after the end of the memory: from its checkpoint, to the same losses but for rounding."""
+    start = started(smoke_run, tmp_path, "corpus", "tiny", "news", "sft")
+    settings = {
+        **SFT,
+        "lr": 0.01,
+        "precision": "float32",
+        "adapter": {"dropout": 0.0},
+        "patience": None,
+        "micro_tokens": 2048,
+    }
+    fewer = {"overrides": {"stages": {"sft": {**settings, "micro_tokens": 64}}}, "only": ["sft"]}
+    how: dict[str, Any] = {"overrides": {"stages": {"sft": settings}}, "only": ["sft"]}
+    unkilled, folder = start("unkilled"), start("killed")
+    moments = reference(forks, unkilled, **how)
+    at = [m for m in moments if "step-4" in m][-1]
+    assert forks.run(folder, die_at=at, **how)["status"] == -signal.SIGKILL
+    ended = forks.run(folder, **fewer)
+    assert ended["status"] == 0, ended["traceback"]
+    assert "goes on from step" in (folder / "pipeline.log").read_text(encoding="utf-8")
+    found, wanted = (lines_of(f / "sft" / "metrics.jsonl") for f in (folder, unkilled))
+    assert [x["step"] for x in found] == [x["step"] for x in wanted]
+    losses = [
+        [x[kind] for kind in ("loss", "validation_loss") for x in lines if kind in x] for lines in (found, wanted)
+    ]
+    assert len(losses[0]) >= 10 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_pretraining_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """The tokenizer is part of the work: half of it must not be taken for the whole."""
     tiny = {"max_steps": 4, "checkpoint_every": 2, "evaluate_every": 2}

@@ -77,7 +77,8 @@ def _unforeseen(error: Exception) -> tuple[str, str, str]:
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is not imported here
         advice = (
-            "lower micro_tokens (batch_size in evaluate), or set activation_checkpointing: true; finished stages stay"
+            "lower micro_tokens, and the run goes on from its last checkpoint (in evaluate: batch_size); or set "
+            "activation_checkpointing: true; finished stages stay"
         )
         return "there is not enough memory", line, advice
     if isinstance(error, OSError) and error.strerror:
