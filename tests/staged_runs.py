@@ -120,7 +120,8 @@ class Deaths:
         checkpoint.save_file = self._halfway_written(checkpoint.save_file)
         for module in (peft.peft_model, transformers.modeling_utils):
             module.safe_save_file = self._halfway_written(module.safe_save_file)
-        pyarrow.parquet.write_table = self._halfway_written(pyarrow.parquet.write_table)
+        rows = pyarrow.parquet.ParquetWriter  # of a whole table, too
+        rows.close = self._halfway_closed(rows.close)
         loop.append = self._half_a_line(loop.append)
         fast = transformers.PreTrainedTokenizerFast
         fast._save_pretrained = self._half_a_tokenizer(fast._save_pretrained)
@@ -154,6 +155,16 @@ class Deaths:
                 self.die()
 
         return saved
+
+    def _halfway_closed(self, close: Callable[..., None]) -> Any:
+        def closed(writer: Any) -> None:
+            first = writer.is_open
+            close(writer)
+            if first and self.moment("writing", writer.where):
+                os.truncate(writer.where, os.path.getsize(writer.where) // 2)
+                self.die()
+
+        return closed
 
     def _half_a_tokenizer(self, save: Callable[..., Any]) -> Any:
         def saved(tokenizer: Any, save_directory: Any, *args: Any, **more: Any) -> Any:

@@ -14,14 +14,16 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from temper.data.spool import unnamed
 
 WORDS = 5
+WORDS_KEPT = 200_000
 K = 128
-BLOCK = 16_384  # texts of either side that are compared at once
+BLOCK = 32_768  # texts of either side that are compared at once
 
 # Scripts written without spaces give one word a character, or a whole sentence would be one word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
@@ -34,7 +36,7 @@ _ADD_K = _random.integers(0, 2**63, (K, 1), dtype=np.uint64) * np.uint64(2)
 
 
 class Shingler:
-    """Texts → sorted arrays of 64-bit shingle hashes; keeps the hashes of words it has met."""
+    """Texts → sorted arrays of 64-bit shingle hashes; keeps the hashes of words it has met lately."""
 
     def __init__(self) -> None:
         self._words: dict[str, int] = {}
@@ -51,6 +53,8 @@ class Shingler:
 
     def _word(self, word: str) -> int:
         if word not in self._words:
+            if len(self._words) == WORDS_KEPT:
+                self._words.clear()
             digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             self._words[word] = int.from_bytes(digest, "little")
         return self._words[word]
@@ -149,8 +153,8 @@ def near_duplicates(texts: Iterable[str], threshold: float) -> list[int | None]:
 class Sketches:
     """Signatures and shingles of texts, on disk; in memory is where each text's shingles end, 8 bytes."""
 
-    def __init__(self, texts: Iterable[str], shingler: Shingler) -> None:
-        self._signatures, self._shingles = unnamed(self), unnamed(self)
+    def __init__(self, texts: Iterable[str], shingler: Shingler, folder: Path | None) -> None:
+        self._signatures, self._shingles = unnamed(self, folder), unnamed(self, folder)
         ends, end = array("Q", [0]), 0
         for text in texts:
             shingles = shingler(text)
@@ -177,25 +181,31 @@ class Sketches:
         return np.frombuffer(os.pread(self._shingles.fileno(), last - first, first), np.uint64)
 
 
-def near_matches(known: Iterable[str], asked: Iterable[str], threshold: float) -> np.ndarray:
+def near_matches(
+    known: Iterable[str], asked: Iterable[str], threshold: float, folder: Path | None = None
+) -> np.ndarray:
     """For each text asked about the index of the first known text that it nearly repeats, or −1; int64.
 
-    Blocks of either side meet, so memory does not grow with the texts.
+    Blocks of either side meet, so memory does not grow with the texts; what they are compared by lies on disk.
+
+    Args:
+        folder: where; None: the system's place for such files.
     """
     shingler = Shingler()
-    there, here = Sketches(known, shingler), Sketches(asked, shingler)
+    there, here = Sketches(known, shingler, folder), Sketches(asked, shingler, folder)
     found = np.full(len(here), -1, np.int64)
     least = _least(threshold)
     for begin in range(0, len(here), BLOCK):
         mine, my_signatures = here.signatures(begin, min(begin + BLOCK, len(here)))
         for start in range(0, len(there), BLOCK):
             theirs, their_signatures = there.signatures(start, min(start + BLOCK, len(there)))
-            open_ = found[mine] < 0
-            for a, b in _alike(my_signatures[open_], their_signatures, threshold):
-                i, shingles = mine[open_][a], here.shingles(int(mine[open_][a]))
-                estimate = (their_signatures[b] == my_signatures[open_][a]).mean(1)
-                for j in theirs[b[estimate >= least]]:
-                    if jaccard(there.shingles(int(j)), shingles) >= threshold:
+            without = np.flatnonzero(found[mine] < 0)
+            for a, b in _alike(my_signatures[without], their_signatures, threshold):
+                i = int(mine[without[a]])
+                estimate = (their_signatures[b] == my_signatures[without[a]]).mean(1)
+                shingles = here.shingles(i)
+                for j in theirs[b[estimate >= least]].tolist():
+                    if jaccard(there.shingles(j), shingles) >= threshold:
                         found[i] = j
                         break
     return found
@@ -214,7 +224,8 @@ def _alike(mine: np.ndarray, theirs: np.ndarray, threshold: float) -> Iterator[t
     for band in range(b):
         one, other = (_mixed(s[:, band * r : (band + 1) * r]) for s in (mine, theirs))
         order = np.argsort(other, kind="stable")
-        first, last = (np.searchsorted(other[order], one, side) for side in ("left", "right"))
+        ordered = other[order]
+        first, last = (np.searchsorted(ordered, one, side) for side in ("left", "right"))
         meetings.append((order, first, last))
     some = np.flatnonzero(np.any([last > first for _, first, last in meetings], 0))
     for a in some.tolist():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -127,12 +128,15 @@ class Leaks:
     examples: list[dict[str, str]] = field(default_factory=list)  # kind, split, where, train (where it stands there)
 
 
-def leaks(splits: Splits, *, near: bool = True, threshold: float = 0.8, examples: int = 5) -> Leaks:
+def leaks(
+    splits: Splits, *, near: bool = True, threshold: float = 0.8, examples: int = 5, folder: Path | None = None
+) -> Leaks:
     """What a test would measure by memory alone.
 
     Args:
         near: also look for rows that share word 5-grams with a row of train, at a Jaccard similarity of `threshold`.
         examples: at most so many of each kind are named.
+        folder: where what near leaks are found by lies meanwhile; None: the system's place for such files.
     """
     train = splits.get("train", [])
     names = [name for name in ("validation", "test") if name in splits]
@@ -144,7 +148,7 @@ def leaks(splits: Splits, *, near: bool = True, threshold: float = 0.8, examples
     pairs = {"exact": exact, "near": (np.zeros(0, np.int64),) * 2, "prompt": same}
     if near and len(rest) and len(train):
         asked = mapped(chosen(held, rest), lambda r: joined_text(r.row))
-        found = near_matches(mapped(train, lambda r: joined_text(r.row)), asked, threshold)
+        found = near_matches(mapped(train, lambda r: joined_text(r.row)), asked, threshold, folder)
         pairs["near"] = rest[found >= 0], found[found >= 0]
     shown = [
         {"kind": kind, "split": names[int(np.searchsorted(ends, i, side="right"))], "where": here.where, "train": there.where}

@@ -110,7 +110,7 @@ class Data(Stage):
             splits["train"], validation=sizes["validation"], test=sizes["test"], seed=job.recipe.seed, group=self.group
         )
         parts = {**{n: splits[n] for n in ("validation", "test") if n in splits}, **own}
-        found = leaks(parts, near=self.near_leaks)
+        found = leaks(parts, near=self.near_leaks, folder=job.dir)
         write_data(job.dir, parts, dropped)
         described = card(source, parts, dropped, found, length=length, unit=unit)
         described["rows_in"] = sum(len(r) for r in mapped.values())
