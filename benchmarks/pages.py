@@ -96,7 +96,7 @@ def _plot(
         f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#555"/>',
     ]
     marks = [10.0**k for k in range(int(low), int(high) + 1)] if log_y else [high * k / 4 for k in range(5)]
-    out += [f'<text x="{left - 6}" y="{y_of(m) + 4:.0f}" text-anchor="end">{m:,.3g}</text>' for m in marks]
+    out += [f'<text x="{left - 6}" y="{y_of(m) + 4:.0f}" text-anchor="end">{_number(m)}</text>' for m in marks]
     out += [f'<text x="{x_of(row[0]):.0f}" y="{bottom + 18}" text-anchor="middle">{row[0]:,.0f}</text>' for row in rows]
     for n, (c, colour) in enumerate(zip(columns, COLOURS, strict=False)):
         points = " ".join(f"{x_of(row[0]):.1f},{y_of(row[c]):.1f}" for row in rows)
@@ -104,6 +104,10 @@ def _plot(
         out += [f'<circle cx="{x_of(row[0]):.1f}" cy="{y_of(row[c]):.1f}" r="3" fill="{colour}"/>' for row in rows]
         out.append(f'<text x="{left}" y="{bottom + 38 + 16 * n}" fill="{colour}">{names[c]}</text>')
     return out
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
