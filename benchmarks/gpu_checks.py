@@ -15,7 +15,8 @@ BOUNDS = {"float32": (1e-3, 1e-3), "bf16": (0.05, 0.1)}
 def check(b: Bench) -> None:
     """Trees against padded sequences and samples against their scores: a wrong number here makes all others worthless."""
     from temper.engine import device as devices
-    from temper.models.scores import Policy, prove
+    from temper.models.proof import prove
+    from temper.models.scores import Policy
     from temper.rollouts.decoding import Decoding
     from temper.rollouts.sampler import Sampler
     from temper.trees import group, join

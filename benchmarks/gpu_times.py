@@ -145,7 +145,8 @@ def passes(b: Bench) -> None:
     from transformers import AutoModelForCausalLM
 
     from temper.engine import device as devices
-    from temper.models.scores import Policy, prove
+    from temper.models.proof import prove
+    from temper.models.scores import Policy
     from temper.trees import Row, group, stack
 
     shape, new = b.take("0.5b"), 64

@@ -90,7 +90,8 @@ def by_completions(counts: list[int]) -> Table:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from temper.models.scores import Policy, prove
+    from temper.models.proof import prove
+    from temper.models.scores import Policy
     from temper.trees import Row, group, join, rows_of
 
     with tempfile.TemporaryDirectory() as folder:

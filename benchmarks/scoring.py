@@ -38,7 +38,8 @@ class Temper:
         from transformers import AutoModelForCausalLM
 
         from temper.data.chat import Encoded
-        from temper.models.scores import Policy, prove
+        from temper.models.proof import prove
+        from temper.models.scores import Policy
 
         self.policy, self.how = Policy(loaded(AutoModelForCausalLM)), (precision, 10**6, micro_tokens)
         proof = prove(self.policy)

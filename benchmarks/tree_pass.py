@@ -55,7 +55,8 @@ class Trees:
 
     def __init__(self, sequences: Sequences, *, half: bool) -> None:
         from temper.engine import device
-        from temper.models.scores import Policy, prove
+        from temper.models.proof import prove
+        from temper.models.scores import Policy
         from temper.trees import chain, group, rows_of
 
         device.setup("cpu", torch.get_num_threads())

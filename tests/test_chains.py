@@ -19,10 +19,10 @@ SEQUENCES = st.lists(
 
 
 def same(a: Tree, b: Tree) -> bool:
-    return a.origin == b.origin and all(
+    return (a.origin, a.root) == (b.origin, b.root) and all(
         np.array_equal(getattr(a, f.name), getattr(b, f.name)) and getattr(a, f.name).dtype == getattr(b, f.name).dtype
         for f in dataclasses.fields(Tree)
-        if f.name not in ("origin", "extra")
+        if f.name not in ("origin", "root", "extra")
     )
 
 

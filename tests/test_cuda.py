@@ -13,7 +13,8 @@ import torch
 from temper.engine import device as devices
 from temper.losses import Terms, nll
 from temper.models import flex
-from temper.models.scores import Policy, prove
+from temper.models.proof import prove
+from temper.models.scores import Policy
 from temper.rollouts import distribution
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler

@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 from temper.models import flex, scores, segments
 from temper.models.attention import Carrier, Mask, tree_mask
-from temper.models.scores import Policy, prove
+from temper.models.proof import prove
+from temper.models.scores import Policy
 from temper.trees import Node, Row, flatten, join, stack
 from tiny_models import VOCABULARY, WINDOW, build
 

@@ -177,13 +177,14 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -
     assert "trust_remote_code" in error.value.do and not (tmp_path / "ran").exists()
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_opened_as_one(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ModelError, match="encoder–decoder"):
-        opened(tmp_path / "t5")
+    model, _ = opened(tmp_path / "t5")
+    assert isinstance(model, T5ForConditionalGeneration)
+    assert load.context(model) is None and load.has_room(model, 10**6, 10**6)
 
 
 def test_no_tokenizer(folder: Path) -> None:

@@ -21,7 +21,8 @@ import temper.stages  # noqa: F401  (registers them)
 from temper import recipe as recipes
 from temper.engine import checkpoint, optim, tripwires
 from temper.engine.batches import Batches
-from temper.engine.loop import Loop, append, forget_after
+from temper.engine.lines import append, forget_after
+from temper.engine.loop import Loop
 from temper.errors import TrainingError
 from temper.job import Job, Log
 from temper.losses import Terms, nll

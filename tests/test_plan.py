@@ -17,6 +17,7 @@ import temper.stages  # noqa: F401  fills the registry
 from temper import pipeline, plan, recipe, shapes
 from temper.errors import DataError
 from temper.hub import Source, bytes_to_fetch
+from temper.models.methods import Adapter
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
 from temper.runfolder import RunFolder, write_json
@@ -35,7 +36,7 @@ def info(run: Path, stage: str) -> dict:
 def test_sizes_are_those_of_the_models_that_were_made(smoke: recipe.Recipe, smoke_run: Path) -> None:
     size = Predictor(smoke, RunFolder(Path("nowhere"))).size("base")
     assert size is not None and size.parameters == info(smoke_run, "tiny")["parameters"]
-    assert size.adapter(16) == info(smoke_run, "sft")["trainable_parameters"]
+    assert size.adapter(Adapter(r=16)) == info(smoke_run, "sft")["trainable_parameters"]
     assert shapes.size_of_source(Source(str(smoke_run / "sft" / "model"))) == size  # the same from a folder
 
 

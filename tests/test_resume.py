@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from staged_runs import ENVIRONMENT, Workshop, copy_stages, lines_of, weights, whole_stages
-from temper.engine.loop import append, forget_after
+from temper.engine.lines import append, forget_after
 from temper.runfolder import progress, read_json
 
 LOOP = re.compile(r".*(/\.?(best|step)-|step \d in|clock.json)")  # moments of training that test_sft_… meets

@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 
 from temper.errors import ModelError
 from temper.losses import nll
-from temper.models import scores, segments
+from temper.models import proof, scores, segments
 from temper.models.attention import tree_mask
-from temper.models.scores import Policy, check_causal, prove
+from temper.models.proof import check_causal, prove
+from temper.models.scores import Policy
 from temper.trees import Node, Row, chain, flatten, join, rounded, stack
 from tiny_models import LOOK_AHEAD, PADDED, TREES, VOCABULARY, WINDOW, build, warmed
 
@@ -203,11 +204,11 @@ def test_models_that_no_tree_fits_are_padded(family: str) -> None:
 @pytest.mark.parametrize("family", ["bloom", "mpt", "gpt_neo", "lfm2", "mamba"])
 def test_the_proof_alone_would_find_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were a model's kind not known, comparing the passes says the same."""
-    monkeypatch.setattr(scores, "refuses_trees", lambda model: None)
+    monkeypatch.setattr(proof, "refuses_trees", lambda model: None)
     policy = Policy(build(family))
-    proof = prove(policy, length=400)
-    assert proof["layout"] == policy.layout == "padded"
-    assert "differs" in proof["reason"] or "failed" in proof["reason"]
+    found = prove(policy, length=400)
+    assert found["layout"] == policy.layout == "padded"
+    assert "differs" in found["reason"] or "failed" in found["reason"]
 
 
 @pytest.mark.parametrize("family", LOOK_AHEAD)

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from temper.models import adapters
 
@@ -94,6 +94,24 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "xlnet": ("xlnet", {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
 }  # fmt: skip
 
+_LINES = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_T5 = {**_LINES, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_BART = {
+    **_LINES, "bos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None, "d_model": 32,
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128, "dropout": 0.0,
+}  # fmt: skip
+
+# Encoder–decoders.
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", _T5),
+    "t5 gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "umt5": ("umt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "mt5": ("mt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": ("bart", _BART),
+    "pegasus": ("pegasus", {**_BART, "scale_embedding": True, "decoder_start_token_id": 0}),
+}
+
 # Encoders that transformers loads as causal models all the same.
 LOOK_AHEAD: dict[str, tuple[str, dict[str, Any]]] = {
     kind: (
@@ -114,7 +132,7 @@ LOOK_AHEAD["xlnet"] = PADDED.pop("xlnet")
 
 def build(family: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """A model of one family in evaluation mode."""
-    kind, settings = (TREES | PADDED | LOOK_AHEAD)[family]
+    kind, settings = (TREES | PADDED | LOOK_AHEAD | LINES)[family]
     settings = dict(settings)
     attention = settings.pop("attn_implementation", None) or attention
     torch.manual_seed(seed)
@@ -122,7 +140,8 @@ def build(family: str, *, attention: str | None = None, seed: int = 0) -> PreTra
     how = {"attn_implementation": attention} if attention else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, **how)
+        made = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = made.from_config(config, **how)
     sharpen(model, seed)
     return model.eval()
 

@@ -93,7 +93,7 @@ def of_stage(folder: Path) -> Path:
     Raises:
         ModelError: a run's folder, which may hold several, or a stage that made none.
     """
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")) or _holds_adapters(folder):
         return folder
     if inner := next((folder / part for part in PARTS if (folder / part).is_dir()), None):
         return inner
@@ -134,9 +134,15 @@ def _adapter(folder: Path) -> Source:
     return dataclasses.replace(found, adapters=(*found.adapters, str(folder)))
 
 
+def _holds_adapters(folder: Path) -> bool:
+    """Whether it is the folder of adapters that were trained together."""
+    note = folder / "temper.json"
+    return note.is_file() and "parts" in json.loads(note.read_text(encoding="utf-8"))
+
+
 def _check_folder(folder: Path) -> None:
     names = sorted(p.name for p in folder.iterdir())
-    if "adapter_config.json" in names:
+    if "adapter_config.json" in names or _holds_adapters(folder):
         return
     if "config.json" not in names:
         raise ModelError(

@@ -177,7 +177,7 @@ class Predictor:
         if size is None:
             return Cost(tokens, basis=f"{rows.basis}; the model is not known")
         adapter = getattr(stage, "adapter", None)
-        trained = size.adapter(adapter.r) if adapter else size.parameters
+        trained = size.adapter(adapter) if adapter else size.parameters
         saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or getattr(stage, "merge", True))
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
         work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
@@ -220,14 +220,17 @@ class Predictor:
         if rows is None:
             return Cost(basis="nothing: its data are not known")
         n = min(rows.splits.get(stage.data.partition(".")[2] or "test", 0.0), stage.take or float("inf"))
-        new = n * stage.decoding.max_new_tokens * stage.samples
+        new = n * sum(way.max_new_tokens * way.beams for way in stage.ways.values()) * stage.samples
         tokens = len(stage.models) * (n * rows.tokens + new)
         sizes = [s for m in stage.models if (s := self.size(m)) is not None]
         memory = self.floor + 1.5 * max(4 * s.parameters for s in sizes) if sizes else None
-        disk = n * (4 * rows.tokens + 2 * stage.decoding.max_new_tokens * len(stage.models))  # the first answer is kept
+        disk = n * (
+            4 * rows.tokens + 2 * max(way.max_new_tokens for way in stage.ways.values()) * len(stage.entries)
+        )  # the first answer is kept
         if before is not None and before["examples"]:
             config = before["config"]
-            work = before["examples"] * len(config["models"]) * config["decoding"]["max_new_tokens"]
+            ways = (config.get("decodings") or {"": config["decoding"]}).values()
+            work = before["examples"] * len(config["models"]) * sum(w["max_new_tokens"] * w["beams"] for w in ways)
             work *= config.get("samples", 1)
             seconds = before["seconds"] * len(stage.models) * new / work
             return Cost(tokens, seconds, memory, None, disk, f"an earlier result; {rows.basis}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from temper import hub
 from temper.data import mini, sources
@@ -23,6 +23,7 @@ from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.errors import ModelError
 from temper.models import load
+from temper.models.methods import Adapter
 from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
@@ -49,9 +50,12 @@ class Size:
     def matrices(self) -> int:
         return sum(a * b for a, b in self.linear)
 
-    def adapter(self, r: int) -> int:
-        """Parameters of a LoRA of rank r on all of `linear`."""
-        return sum(r * (a + b) for a, b in self.linear)
+    def adapter(self, adapter: Adapter) -> int:
+        """Parameters of an adapter on all of `linear`; a network that makes virtual tokens counts as what it makes."""
+        rank = {"lora": adapter.r, "adalora": adapter.first_r or adapter.r * 3 // 2}.get(adapter.layers or "", 0)
+        scales = 3 * self.layers * self.hidden * (adapter.layers == "ia3")
+        virtual = adapter.tokens * self.hidden * (2 * self.layers if adapter.virtual == "prefix" else 1)
+        return sum(rank * (a + b) for a, b in self.linear) + scales + virtual * (adapter.virtual is not None)
 
 
 class _Vocabulary:
@@ -69,10 +73,11 @@ class _Vocabulary:
 def size_of_pretrained(stage: Pretrain) -> Size:
     """Size of the model that a pretrain stage makes, none of its weights being filled in.
 
+    >>> from temper.models.methods import Adapter
     >>> from temper.stages.pretrain import Shape
     >>> size = size_of_pretrained(Pretrain(data="x", shape=Shape(vocabulary=1200, hidden=64, layers=2, heads=2)))
-    >>> size.parameters, size.adapter(16)
-    (183616, 40960)
+    >>> size.parameters, size.adapter(Adapter(r=16)), size.adapter(Adapter(method="lora+prompt", r=16))
+    (183616, 40960, 42240)
     """
     with torch.device("meta"):
         return _size(fresh(stage.shape, _Vocabulary(stage.shape.vocabulary), seed=0))
@@ -85,8 +90,9 @@ def size_of_source(source: hub.Source, *, trust_remote_code: bool = False) -> Si
         OSError, ValueError: it has none that transformers knows.
     """
     config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return _size(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        return _size(kind.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _size(model: Any) -> Size:

@@ -45,6 +45,7 @@ class Tree:
     branch: np.ndarray  # [S] the first branch that the scored token lies on
     tips: np.ndarray  # [B] index of each branch's last token
     origin: str = ""  # where the example came from, for messages
+    root: int = 0  # tokens of the root, which an encoder–decoder's encoder reads; its decoder writes the rest
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # name → [S], what a loss reads beside
 
     def __len__(self) -> int:
@@ -97,18 +98,18 @@ def flatten(root: Node, origin: str = "") -> Tree:
     i32 = np.int32
     return Tree(
         np.array(ids, i32), np.array(pos, i32), np.array(end, i32), np.array(tgt, i32), np.array(src, i32),
-        np.array(weight, np.float32), np.array(branch, i32), np.array(tips, i32), origin,
+        np.array(weight, np.float32), np.array(branch, i32), np.array(tips, i32), origin, len(root.ids),
     )  # fmt: skip
 
 
 def chain(ids: Sequence[int], weights: Sequence[float], origin: str = "") -> Tree:
-    """One sequence with a weight a token (0: context only)."""
+    """One sequence with a weight a token (0: context only); what stands before the first scored token is its root."""
     n = np.arange(len(ids), dtype=np.int32)
     w = np.asarray(weights, np.float32)
     tgt = n[1:][w[1:] != 0]
     return Tree(
         np.asarray(ids, np.int32), n, np.full(len(ids), len(ids), np.int32), tgt, tgt - 1, w[tgt],
-        np.zeros(len(tgt), np.int32), n[-1:], origin,
+        np.zeros(len(tgt), np.int32), n[-1:], origin, int(tgt[0]) if len(tgt) else len(ids),
     )  # fmt: skip
 
 
@@ -174,6 +175,32 @@ def stack(lanes: Sequence[Sequence[Tree]], width: int = 0) -> Row:
         torch.from_numpy(ids), torch.from_numpy(pos), torch.from_numpy(end), cat("tgt", starts), cat("src", starts),
         cat("weight"), cat("branch", first_branch), cat("tips", starts), tuple(trees), tuple(starts), len(lanes),
         {name: torch.from_numpy(values) for name, values in extra.items()},
+    )  # fmt: skip
+
+
+def rooted(row: Row, n: int) -> Row:
+    """A row with n more tokens at the beginning of each lane, the root of all its trees: seen by every token of the lane.
+
+    Their ids are 0, for they stand for embeddings. `trees` and `starts` stay those of the row that was given.
+    """
+    width = len(row.ids) // row.lanes
+
+    def shifted(index: torch.Tensor) -> torch.Tensor:
+        """Where an index of the row comes to lie; one past a lane's last token stays one past it."""
+        return index + n * ((index - 1).clamp(min=0) // width + 1)
+
+    lanes = torch.arange(row.lanes, device=row.ids.device)[:, None]
+    places = torch.arange(n, device=row.ids.device).expand(row.lanes, n)
+
+    def beside(first: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        return torch.cat([first, rest.view(row.lanes, width)], 1).flatten()
+
+    at = torch.arange(len(row.ids), device=row.ids.device)
+    index = at + n * (at // width + 1)
+    ends = (lanes + 1) * (width + n)
+    return dataclasses.replace(
+        row, ids=beside(torch.zeros_like(places), row.ids), pos=beside(places, row.pos + n),
+        end=beside(ends.expand(row.lanes, n), shifted(row.end)), tgt=index[row.tgt], src=index[row.src], tips=index[row.tips],
     )  # fmt: skip
 
 
@@ -262,6 +289,6 @@ def _part(tree: Tree, branches: list[int]) -> Tree:
     order = {b: k for k, b in enumerate(branches)}
     return Tree(
         tree.ids[kept], tree.pos[kept], end, new[tree.tgt[mine]], new[tree.src[mine]], tree.weight[mine],
-        np.array([order[int(b)] for b in tree.branch[mine]], np.int32), new[tree.tips[branches]], tree.origin,
+        np.array([order[int(b)] for b in tree.branch[mine]], np.int32), new[tree.tips[branches]], tree.origin, tree.root,
         {name: values[mine] for name, values in tree.extra.items()},
     )  # fmt: skip

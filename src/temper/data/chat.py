@@ -43,10 +43,17 @@ class Encoded:
     where: str
     moved_seam: bool = False
 
+    apart: bool = False  # for an encoder–decoder: the encoder reads what stands before the first trained token
+
     @property
     def prompt_length(self) -> int:
         """Tokens before the first trained one."""
         return self.trained.index(True) if True in self.trained else len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """The longest sequence that a model meets in it."""
+        return max(self.prompt_length, len(self.ids) - self.prompt_length) if self.apart else len(self.ids)
 
 
 def is_text(row: Row) -> bool:
@@ -109,12 +116,17 @@ def plain_prompt(row: Row, form: Format) -> str:
 class Encoder:
     """Renders and tokenises rows of TRL's dataset types for one tokenizer.
 
+    Args:
+        end_ids: tokens that end an answer, beside the tokenizer's own.
+        apart: for an encoder–decoder: prompt and (last) answer are tokenised by themselves, each with the special tokens
+            that the tokenizer gives a text, and no separator.
+
     Raises:
         ModelError: the template cannot be used: no end token, answers that cannot be found in the rendered text.
     """
 
-    def __init__(self, tokenizer: Any, form: Format, *, end_ids: Sequence[int] = ()) -> None:
-        self.tokenizer, self.form = tokenizer, form
+    def __init__(self, tokenizer: Any, form: Format, *, end_ids: Sequence[int] = (), apart: bool = False) -> None:
+        self.tokenizer, self.form, self.apart = tokenizer, form, apart
         self.templated = form.chat == "template" or (form.chat == "auto" and bool(tokenizer.chat_template))
         if self.templated and not tokenizer.chat_template:
             raise ModelError(
@@ -132,6 +144,9 @@ class Encoder:
     @property
     def description(self) -> str:
         system = f", after the system message {self.form.system!r}" if self.form.system else ""
+        if self.apart:
+            asked = "by the tokenizer's chat template" if self.templated else "as it is"
+            return f"the prompt {asked} for the encoder, the answer for the decoder{system}"
         if self.templated:
             return f"the tokenizer's chat template{system}"
         return f"plain: prompt + {self.form.separator!r} + answer + end token{system}"
@@ -141,7 +156,7 @@ class Encoder:
         if is_text(row):
             return ""
         if not self.templated:
-            return plain_prompt(row, self.form)
+            return plain_prompt(row, self.form.model_copy(update={"separator": ""}) if self.apart else self.form)
         return self._render([asked(row, self.form)], prompt=True)[0]
 
     @staticmethod
@@ -160,7 +175,12 @@ class Encoder:
         """
         check_prompts(records)
         texts = [self.prompt_text(r.row) for r in records]
-        return self.seams.ids(texts)
+        return self._whole(texts) if self.apart else self.seams.ids(texts)
+
+    def _whole(self, texts: list[str], **how: Any) -> list[list[int]]:
+        """Texts by themselves, with the special tokens that belong to one."""
+        how = how or {"text": texts, "add_special_tokens": not self.templated}
+        return [list(ids) for ids in self.tokenizer(**how)["input_ids"]] if texts else []
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """All rows. `text` rows are trained whole, prompts are not."""
@@ -170,12 +190,30 @@ class Encoder:
         """The rows one after another; rendered and tokenised (in parallel) some at a time, so that little is held."""
         for k in range(0, len(records), AT_ONCE):
             some = records[k : k + AT_ONCE]
+            if self.apart:
+                yield from self._halves(some)
+                continue
             written = self._written(some)
             # of each answer the text before it and the text up to its end, one after another
             pieces = [[piece for pair in marks for piece in pair] for _, marks in written]
             wholes, shares = self.seams.shared([text for text, _ in written], pieces)
             for record, ids, edges in zip(some, wholes, shares, strict=True):
                 yield self._mark(record, ids, list(zip(edges[::2], edges[1::2], strict=True)))
+
+    def _halves(self, records: Sequence[Record]) -> Iterator[Encoded]:
+        """Prompts for an encoder, answers for its decoder."""
+        prompts = self.prompts(records)
+        texts = [self.reference_text(r.row) for r in records]
+        answers = self._whole(texts, text_target=texts)
+        for record, text, prompt, answer in zip(records, texts, prompts, answers, strict=True):
+            if not text:
+                raise DataError(
+                    "nothing of this row is trained: its answer is empty",
+                    where=record.where,
+                    do="drop: {empty: true}",
+                )
+            answer = self._with_end(answer)
+            yield Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), record.where, apart=True)
 
     def _written(self, records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
         """Of each row the text, and for each of its answers the text before it and the text up to its end."""

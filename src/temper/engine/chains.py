@@ -63,6 +63,27 @@ class Chains(Sequence[Tree]):
         marks, starts = np.frombuffer(self._marks, np.uint8), np.frombuffer(self._stops, np.int64)[:-1]
         return np.add.reduceat(marks, starts, dtype=np.int64) - marks[starts]
 
+    @property
+    def before(self) -> np.ndarray:
+        """Tokens of each before the first one trained on, int64 [N]."""
+        marks, starts = np.frombuffer(self._marks, np.uint8), np.frombuffer(self._stops, np.int64)[:-1]
+        places = np.append(np.flatnonzero(marks), len(marks))
+        return np.minimum(places[np.searchsorted(places, starts)] - starts, self.sizes)
+
+    def within_apart(self, prompt: int, answer: int, *, cut: bool) -> Chains:
+        """Those of at most so many tokens before the first one trained on and after, in their order; with `cut` the others'
+        beginnings too, of what stands before with its last token kept."""
+        out = Chains()
+        for i, n in enumerate(self.before.tolist()):
+            ids, marks, origin = self.sequence(i)
+            if n > prompt or len(ids) - n > answer:
+                if not cut:
+                    continue
+                first = ids[:n] if n <= prompt else ids[: prompt - 1] + ids[n - 1 : n]
+                ids, marks = first + ids[n : n + answer], bytearray(len(first)) + marks[n : n + answer]
+            out.add(ids, marks, origin)
+        return out
+
     def within(self, limit: int, *, cut: bool = False) -> Chains:
         """Those of at most `limit` tokens, in their order; with `cut` then the longer ones' beginnings, where these hold
         something to train on."""

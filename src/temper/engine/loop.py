@@ -7,8 +7,6 @@ not depend on how a batch was cut. Every step is a function of (state, seed, ste
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import shutil
 import time
@@ -21,20 +19,22 @@ import torch
 from temper.engine import checkpoint, examples, optim, tripwires, watching
 from temper.engine.batches import Batches, Source
 from temper.engine.device import autocast
+from temper.engine.lines import append, forget_after
 from temper.engine.settings import Training, Validated
 from temper.engine.validation import SCORED, TRAINED, Measured, Plan, measure, plan
 from temper.job import Job
 from temper.losses import Terms
+from temper.models import allocation
 from temper.models.products import added_in_place
 from temper.models.scores import Policy
-from temper.runfolder import write_atomic
 from temper.trees import Row
 
 Loss = Callable[..., Terms]  # (what the policy gives of a row [S], weights [S], the row's extra columns by name [S])
 
 
 class Follower(Protocol):
-    """What moves with the policy: it is told of every optimiser step, and its tensors are part of each checkpoint."""
+    """What moves with the policy: it is told of every optimiser step, while the gradients are still there, and its tensors
+    are part of each checkpoint."""
 
     def follow(self) -> None: ...
 
@@ -65,11 +65,13 @@ class Loop:
         pieces: examples.Pieces | None = None,
     ) -> None:
         self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
-        self.precision, self.sample, self.follower, self.pieces = precision, sample, follower, pieces
+        self.precision, self.sample, self.pieces = precision, sample, pieces
         self.device = policy.device
         self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
         self.warmup = optim.warmup_steps(training.warmup, self.steps)
         self.rate = optim.rate_of(training.schedule, self.steps, self.warmup)
+        self.allocation = allocation.of(policy.hf, self.steps)
+        self.followers: list[Follower] = [f for f in (follower, self.allocation) if f is not None]
         watched = training if isinstance(training, Validated) else None
         self.plan = self._plan(watched, validation)
         self.keep_best = watched is not None and watched.keep_best
@@ -155,6 +157,9 @@ class Loop:
         if kept != self.state["step"]:
             checkpoint.read_weights(self.root / f"best-{kept}", self.policy)
             self.job.say(f"kept the weights of step {kept} (validation loss {self.state['best']:.4f})")
+        if self.allocation is not None:
+            ranks = self.allocation.ranks()
+            self.job.facts["ranks"] = f"{sum(ranks) / len(ranks):g} on average, from {min(ranks)} to {max(ranks)}"
         validated = self.state["validated_tokens"] * SCORED
         if not self.plan.whole:
             found = self.measured(self.plan.rows).with_(self.measured(self.plan.rest), self.worst)
@@ -188,9 +193,9 @@ class Loop:
             tripwires.check_gradient(norm, step + 1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        for follower in self.followers:
+            follower.follow()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.follower is not None:
-            self.follower.follow()
         tokens = sum(r.tokens for r in rows)
         self.state["step"] = step + 1
         self.state["tokens"] += tokens
@@ -228,6 +233,10 @@ class Loop:
             total += float(part.detach())
             for name, values in terms.extras.items():
                 extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor
+        if self.allocation is not None:  # no part of the loss that is told: it says nothing of the data
+            penalty = self.allocation.penalty()
+            self.scaler.scale(penalty).backward()
+            extras["orthogonality"] = float(penalty.detach())
         return total, extras
 
     def measured(self, rows: Sequence[Row]) -> Measured:
@@ -243,7 +252,8 @@ class Loop:
         found, step = self.measured(self.plan.rows), self.state["step"]
         value = found.loss
         tripwires.check_validation(value, step, str(self.root))
-        best = self.state["best"] is None or value < self.state["best"]
+        settled = self.allocation is None or self.allocation.settled(step)
+        best = settled and (self.state["best"] is None or value < self.state["best"])
         self.state["losses"] = [*self.state["losses"], value]
         self.state["validated_tokens"] += found.tokens
         extras = {f"validation_{name}": total / found.weight for name, total in found.extras.items()}
@@ -256,7 +266,7 @@ class Loop:
                     self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value}
                 )
                 checkpoint.forget_bests(self.root, but=step)
-        else:
+        elif settled:
             self.state["bad"] += 1
             self.state["stopped"] = self.patience is not None and self.state["bad"] >= self.patience
         if self.sample is not None:
@@ -271,9 +281,13 @@ class Loop:
     def _save(self) -> None:
         self.job.save_clock()  # before the checkpoint: a run that goes on from it must know what was warned of before
         state = {**self.state, "scaler": self.scaler.state_dict()}
-        more = self.follower.tensors() if self.follower is not None else None
-        checkpoint.write(self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state, more)
+        checkpoint.write(
+            self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state, self._following()
+        )
         checkpoint.retain(self.root, self.training.keep_checkpoints)
+
+    def _following(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for follower in self.followers for name, tensor in follower.tensors().items()}
 
     def _resume(self) -> None:
         found = self._last_good()
@@ -284,8 +298,7 @@ class Loop:
         folder, state = found
         checkpoint.read_weights(folder, self.policy)
         checkpoint.read_optimizer(folder, self.optimizer)
-        if self.follower is not None:
-            checkpoint.read_follower(folder, self.follower.tensors())
+        checkpoint.read_follower(folder, self._following())
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = state
         for file in (self.metrics, self.samples, self.hardest):
@@ -316,26 +329,6 @@ class Loop:
 
     def _log(self, line: dict[str, Any]) -> None:
         append(self.metrics, line)
-
-
-def append(file: Path, line: dict[str, Any]) -> None:
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that a kill cut short: those steps will be taken again.
-
-    So will the pass over all validation rows after the last step, whose lines are marked «whole».
-    """
-    if file.exists():
-        kept = []
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 may stand in an answer
-            with contextlib.suppress(ValueError):
-                found = json.loads(line)
-                if found["step"] <= step and not found.get("whole"):
-                    kept.append(line)
-        write_atomic(file, "".join(f"{line}\n" for line in kept))
 
 
 def _number(folder: Path) -> int:

@@ -2,82 +2,118 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from temper import hub
 from temper.errors import ModelError, nearest
-from temper.models import load
-from temper.recipe import Config
+from temper.models import adapted, load
+from temper.models.methods import Adapter, Task, begin_as, of_layers, of_tokens
 from temper.runfolder import write_json
 
-
-class Adapter(Config):
-    """What is trained instead of the whole model."""
-
-    method: Literal["lora"] = Field(
-        default="lora", description="LoRA (Hu et al. 2021): W + (alpha / r)·B·A with A and B trained."
-    )
-    r: int = Field(default=16, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(default=None, description="Scale of the update; null: twice the rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | list[str] = Field(
-        default="all-linear", description="Layers to adapt: all-linear, a regular expression, or names."
-    )
-    rslora: bool = Field(default=False, description="Scale by alpha / √r (Kalajdzievski 2023).")
-    dora: bool = Field(default=False, description="Weight-decomposed LoRA (Liu et al. 2024).")
+__all__ = ["Adapter", "attach", "merged", "open_model", "put_on", "save", "trained_ends"]
 
 
 def attach(
-    model: PreTrainedModel, adapter: Adapter, seed: int, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    model: PreTrainedModel, adapter: Adapter, seed: int, *, task: Task | None = None, tokenizer: Any = None
 ) -> PeftModel:
-    """Put a fresh adapter on a model; it starts as nothing (B = 0). A classifier's head is trained whole beside it.
+    """Put a fresh adapter on a model. What changes layers starts as nothing (LoRA: B = 0); virtual tokens begin at random or
+    as a text. A classifier's head is trained whole beside it.
+
+    Args:
+        task: None: what the model is for, writing on or answering.
+        tokenizer: for virtual tokens that begin as a text.
 
     Raises:
-        ModelError: the targets match no layer; the names there are.
+        ModelError: the targets match no layer, with the names there are; the model cannot take the method.
     """
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.r,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        # GPT-2 keeps its matrices transposed; PEFT finds that out by itself too, with a warning
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type=task,
-    )
+    task = task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+    beneath = None
+    if adapter.layers:
+        config = of_layers(adapter, model, task)
+        try:
+            beneath = get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+            given = adapter.targets or "all-linear"
+            wanted = given if isinstance(given, str) else ", ".join(given)
+            raise ModelError(
+                f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, names)
+            ) from None
+    if adapter.virtual is None:
+        assert isinstance(beneath, PeftModel)
+        return beneath
+    _check_virtual(model, adapter, task)
     try:
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        with _second_time():
+            part: Any = get_peft_model(model, of_tokens(adapter, model, task))
     except ValueError as error:
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        wanted = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
         raise ModelError(
-            f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, names)
+            f"{adapter.virtual} cannot be put on this model: {str(error).splitlines()[0][:200]}",
+            do="activation_checkpointing: false, or method: prompt",
         ) from None
+    if adapter.text is not None:
+        begin_as(part, model, tokenizer, adapter.text)
+    if beneath is None:
+        return part  # type: ignore[no-any-return]
+    for name, weight in beneath.named_parameters():  # PEFT has just frozen all that was there
+        weight.requires_grad_(any(mark in name for mark in ("lora_A", "lora_B", "lora_E", "lora_magnitude", "ia3_")))
+    return adapted.over(beneath, part)  # type: ignore[arg-type]
+
+
+def _check_virtual(model: PreTrainedModel, adapter: Adapter, task: Task) -> None:
+    if task == "SEQ_CLS":
+        raise ModelError(
+            f"classifiers and reward models take adapters that change layers, and {adapter.virtual} adds tokens",
+            do="choose method lora, adalora or ia3",
+        )
+    context = load.context(model)
+    if context is not None and adapter.tokens >= context:
+        raise ModelError(
+            f"{adapter.tokens} virtual tokens leave no room in a context of {context} tokens",
+            do="set adapter.tokens smaller",
+        )
+
+
+@contextlib.contextmanager
+def _second_time() -> Iterator[None]:
+    """PEFT warns that a model is modified for a second time, which is what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", message=".*Already found a `peft_config` attribute")
+        yield
 
 
 def save(
     model: PeftModel, folder: Path, base: hub.Source, *, stage: str | None, identity: str, ends: Iterable[int] = ()
 ) -> None:
-    """PEFT's files, and `temper.json` with the base they belong to.
+    """PEFT's files, and `temper.json` with the base they belong to; of a combination each in a folder of its own, by the
+    method's name.
 
     `stage` names the stage of the same run whose model the base is, so that a run folder can be moved; `ends` are the
     end tokens trained on, which a merge writes into the model's generation settings.
     """
-    model.peft_config["default"].base_model_name_or_path = base.name
-    model.save_pretrained(str(folder))
     named = {"name": base.name, "revision": base.revision, "adapters": list(base.adapters), "stage": stage}
-    write_json(folder / "temper.json", {"base": named, "base_identity": identity, "ends": sorted(ends)})
+    note: dict[str, Any] = {"base": named, "base_identity": identity, "ends": sorted(ends)}
+    parts = adapted.parts(model)
+    names = [adapted.kind(part).value.lower() for part in parts]
+    for part, name in zip(parts, names, strict=True):
+        inside = folder if len(parts) == 1 else folder / name
+        part.peft_config["default"].base_model_name_or_path = base.name
+        part.save_pretrained(str(inside))
+        write_json(inside / "temper.json", note if len(parts) == 1 else note | {"one_of": names})
+    if len(parts) > 1:
+        write_json(folder / "temper.json", note | {"parts": names})
 
 
 def trained_ends(source: hub.Source) -> set[int]:
@@ -90,15 +126,18 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
     """The adapters of a source on its base, in turn; all but the last are merged.
 
     Raises:
-        ModelError: an adapter that was trained on another base.
+        ModelError: an adapter that was trained on another base, or that is one of two.
     """
     wrapped: Any = model
     for k, folder in enumerate(source.adapters):
         if isinstance(wrapped, PeftModel):
-            wrapped = wrapped.merge_and_unload()
-        _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
+            wrapped, _ = merged(wrapped)
+        note = _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
         try:
-            wrapped = PeftModel.from_pretrained(wrapped, folder)
+            with _second_time():
+                for part in note.get("parts", ["."]):
+                    one = PeftModel.from_pretrained(adapted.inner(wrapped), str(Path(folder) / part))
+                    wrapped = adapted.over(wrapped, one) if isinstance(wrapped, PeftModel) else one
         except load.UNREADABLE as error:
             raise ModelError(
                 f"the adapter {folder} does not fit {source.name}",
@@ -108,26 +147,38 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
     return wrapped
 
 
-def _check_base(folder: str, base: hub.Source) -> None:
+def _check_base(folder: str, base: hub.Source) -> dict[str, Any]:
+    """The note beside an adapter; an empty one where another tool made it."""
     try:
-        note = json.loads((Path(folder) / "temper.json").read_text(encoding="utf-8"))
+        note: dict[str, Any] = json.loads((Path(folder) / "temper.json").read_text(encoding="utf-8"))
     except OSError:
-        return  # another tool's adapter: PEFT checks shapes, more cannot be known
+        return {}  # PEFT checks shapes, more cannot be known
     if note["base_identity"] != hub.identity(base):
         raise ModelError(
             f"the adapter {folder} was trained on another base than {base.name}",
             do=f"put it on {note['base']['name']}, or train it anew: on other weights its result would be wrong without an error",
         )
+    if both := note.get("one_of"):
+        raise ModelError(
+            f"the adapter {folder} was trained together with another one ({' and '.join(both)}); alone its answers are wrong",
+            do=f"name the folder that holds both: {Path(folder).parent}",
+        )
+    return note
 
 
 def merged(model: PeftModel) -> tuple[PreTrainedModel, float]:
     """The adapter folded into its base, and the largest relative change of a weight tensor.
 
     Raises:
-        ModelError: the merge changed nothing, which would ship the base under another name.
+        ModelError: it has virtual tokens, which are no part of any weight; the merge changed nothing, which would ship the
+            base under another name.
     """
+    if any(adapted.kind(part) in adapted.WORDS | adapted.KEYS for part in adapted.parts(model)):
+        raise ModelError(
+            "virtual tokens cannot be folded into a model's weights", do="keep the adapter apart: merge: false"
+        )
     # (module, name of its tensor): experts of a mixture are one parameter with a name of its own
-    touched: list[Any] = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    touched: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     places = [(m.get_base_layer(), getattr(m, "parameter_name", "weight")) for m in touched]
     before = [getattr(layer, name).detach().clone() for layer, name in places]
     out = model.merge_and_unload(safe_merge=True)

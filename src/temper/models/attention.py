@@ -6,7 +6,6 @@ The model's own mask function (sliding windows, chunks) is asked in path positio
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,15 +75,24 @@ def tree_mask(model: PreTrainedModel, row: Row, dtype: torch.dtype, *, carrier: 
     finally:
         _pending.pop()
     assert made is not None  # only implementations without masks answer None, and this one has masks
+    if isinstance(made, dict):
+        return {k: in_form(m, model, dtype) for k, m in made.items()}
+    return in_form(made, model, dtype)
+
+
+def in_form(mask: torch.Tensor, model: PreTrainedModel, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as this model's attention takes it: SDPA as it is, eager additive."""
     if model.config._attn_implementation == "sdpa":
-        return made
-    additive = functools.partial(_additive, dtype=dtype)
-    return {k: additive(m) for k, m in made.items()} if isinstance(made, dict) else additive(made)
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return mask
     # the smallest number, not -inf: a fully masked line of -inf gives nan
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def widened(mask: Mask, n: int) -> Mask:
+    """The mask (boolean, additive, or 1 where there is no padding) with n more keys before all others, seen by every token."""
+    if isinstance(mask, dict):
+        return {kind: one for kind, m in mask.items() if torch.is_tensor(one := widened(m, n))}
+    return torch.nn.functional.pad(mask, (n, 0), value=0.0 if mask.is_floating_point() else 1)
 
 
 def refuses_trees(model: PreTrainedModel) -> str | None:

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from temper.errors import ModelError
@@ -67,25 +74,25 @@ def model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A causal language model without its adapters, and notices worth telling.
+    """A causal language model or an encoder–decoder without its adapters, and notices worth telling.
 
     Raises:
-        ModelError: encoder–decoders (padded layouts of their own), missing or unreadable weights, remote code.
+        ModelError: missing or unreadable weights, remote code.
     """
     config = configuration(source, trust_remote_code=trust_remote_code)
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{source.name} is an encoder–decoder, and this stage trains decoder-only models",
-            do="choose a causal language model",
-        )
     loaded, info, notices = weights(
-        AutoModelForCausalLM, source, config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+        AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
+        source,
+        config,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
     )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{source.name} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, …); they would be random",
-            do="is the download complete, and is it a causal language model?",
+            do="is the download complete, and is it a language model?",
         )
     if info["unexpected_keys"]:
         notices.append(
@@ -157,6 +164,12 @@ def context(hf: PreTrainedModel) -> int | None:
     """The longest sequence the model takes, in tokens; None where nothing limits it."""
     config = hf.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def has_room(hf: PreTrainedModel, prompt: int, answer: int) -> bool:
+    """Whether a prompt and an answer of so many tokens fit into a model's context: an encoder–decoder has one for each."""
+    known = context(hf)
+    return known is None or (max(prompt, answer) if hf.config.is_encoder_decoder else prompt + answer) <= known
 
 
 def reach(hf: PreTrainedModel) -> int | None:

@@ -149,13 +149,15 @@ def own_products(model: nn.Module, halves: Halves) -> Iterator[None]:
     float32, frozen ones under autocast, PEFT's LoRA layers around linear ones; and embeddings that are trained.
 
     Other layers under autocast are left alone: bfloat16 goes to oneDNN anyway. So are models that compute activations
-    again in the backward pass, when this is over, and layers whose forward somebody else has replaced.
+    again in the backward pass, when this is over, layers whose forward somebody else has replaced, and those within PEFT's
+    other adapters, some of which change what they are given in place.
     """
     replaced: list[nn.Module] = []
+    others = {id(m.base_layer) for m in model.modules() if hasattr(m, "base_layer") and not is_lora(m)}
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if next(model.parameters()).device.type == "cpu" and not recomputes:
         for module in model.modules():
-            if "forward" in vars(module):
+            if "forward" in vars(module) or id(module) in others:
                 continue
             if is_lora(module) and "forward" not in vars(module.base_layer):
                 module.forward = functools.partial(_adapted, module, halves)  # type: ignore[method-assign]

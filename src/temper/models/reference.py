@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from temper.models import adapted
 from temper.models.scores import Policy
 from temper.trees import Row
 
@@ -38,7 +40,7 @@ class Reference:
         if self.copy is not None:
             self.copy.train(self.policy.training)
             return self.copy(row)  # type: ignore[no-any-return]
-        with self.policy.hf.disable_adapter():
+        with adapted.off(self.policy.hf):
             return self.policy(row)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -97,9 +99,9 @@ def _names(hf: nn.Module) -> list[str]:
     return [name for name, p in hf.named_parameters() if p.requires_grad]
 
 
-def _layers(hf: PeftModel) -> dict[str, nn.Module]:
+def _layers(hf: PeftModel) -> dict[str, BaseTunerLayer]:
     """PEFT's layers by their names in the model without an adapter."""
-    return {name: m for name, m in hf.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
+    return {name: m for name, m in hf.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def _places(hf: PeftModel) -> list[tuple[str, nn.Parameter]]:

@@ -25,7 +25,7 @@ from temper.errors import ModelError
 from temper.hub import Source
 from temper.models import load
 from temper.models.classify import Classifier, batched
-from temper.models.scores import prove
+from temper.models.proof import prove
 from temper.trees import Row, Tree, chain, rows_of
 
 LINE_TOKENS = 2048  # of one padded pass while training: lines of like length go together
@@ -295,7 +295,7 @@ def pair(
     tips = np.array([first - 1, len(ids) - 1], i32)
     extra = {} if margin is None else {"margin": np.array([margin], np.float32)}
     return Tree(
-        ids, pos, end, tips[:1], tips[:1], np.ones(1, np.float32), np.zeros(1, i32), tips, origin, extra
+        ids, pos, end, tips[:1], tips[:1], np.ones(1, np.float32), np.zeros(1, i32), tips, origin, extra=extra
     )  # fmt: skip
 
 

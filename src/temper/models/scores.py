@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from temper.errors import ModelError
-from temper.models import flex, segments
-from temper.models.attention import Carrier, refuses_trees, smallest_window, tree_mask
+from temper.models import adapted, flex, segments, seq2seq
+from temper.models.attention import Carrier, tree_mask, widened
 from temper.models.products import Halves, own_products
-from temper.trees import Node, Row, chain, flatten, join, rounded
+from temper.trees import Row, rooted, rounded
 
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 8 * 2**20  # logits made at once, by default 8 M: 32 MiB in float32, whatever the vocabulary
@@ -44,8 +43,14 @@ class _HandThrough(nn.Module):
         super().__init__()
         self.__dict__["real"] = real  # not a child: parameters must not be counted twice
 
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor | None = None, **__: Any) -> _Handed:
-        return _Handed(last_hidden_state=inputs_embeds)
+    def forward(
+        self,
+        *_: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        **__: Any,
+    ) -> _Handed:
+        return _Handed(last_hidden_state=inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
         return self if name == "decoder" else getattr(self.__dict__["real"], name)
@@ -57,7 +62,7 @@ def head_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     It is a shallow twin of the whole model whose backbone hands its input through. `lm_head(hidden)` by hand is
     silently not the logits in Gemma-2, Cohere, Granite and others.
     """
-    names = (model.base_model_prefix, "model", "transformer")
+    names = (model.base_model_prefix, "model", "transformer", "decoder")  # a T5 has its decoder beside its encoder
     name = next(n for n, child in model.named_children() if child is model.base_model or n in names)
     twin = object.__new__(type(model))
     twin.__dict__.update(model.__dict__)
@@ -96,6 +101,8 @@ class _Scored(torch.autograd.Function):
 def _trained(model: PreTrainedModel) -> bool:
     """Whether anything of the head is trained: whatever is no part of the backbone."""
     backbone = set(map(id, head_of(model)[0].parameters()))
+    if model.config.is_encoder_decoder:
+        backbone |= set(map(id, model.get_encoder().parameters()))
     out = model.get_output_embeddings()  # may share its weights with the embeddings
     tied = out is not None and any(p.requires_grad for p in out.parameters())
     return tied or any(p.requires_grad for p in model.parameters() if id(p) not in backbone)
@@ -124,7 +131,17 @@ class Policy(nn.Module):
     @property
     def inner(self) -> PreTrainedModel:
         """The transformers model within; its LoRA layers stay active."""
-        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
+        return adapted.inner(self.hf)
+
+    @property
+    def apart(self) -> bool:
+        """Whether an encoder reads prompts and a decoder writes answers."""
+        return bool(self.inner.config.is_encoder_decoder)
+
+    def lane(self, tokens: int) -> int:
+        """Tokens of a lane of a row, `tokens` where trees share one. Where each answer has a line of its own, trees of like
+        length should share a row: each then has a lane of its own, and they are sorted by length."""
+        return 1 if self.apart or self.layout == "padded" else tokens
 
     @property
     def device(self) -> torch.device:
@@ -172,23 +189,37 @@ class Policy(nn.Module):
         backbone, head = head_of(model)
 
         def logits(h: torch.Tensor) -> torch.Tensor:
-            found = head(inputs_embeds=h[None], use_cache=False).logits.squeeze(0).float()
+            given: dict[str, Any] = {"inputs_embeds": h[None]}
+            if self.apart:
+                given = {"decoder_inputs_embeds": h[None], "encoder_outputs": (h[None],)}
+            found = head(**given, use_cache=False).logits.squeeze(0).float()
             return found if self.temperature == 1 else found / self.temperature
 
+        if self.apart:
+            with own_products(self.hf, self._halves):
+                return seq2seq.states(self.hf, row, in_line=self.layout == "tree"), logits
         hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
         return hidden, logits
 
     def _tree(self, model: PreTrainedModel, backbone: nn.Module, row: Row) -> torch.Tensor:
-        carrier = self._carrier(row.ids.device)
+        carrier, virtual = self._carrier(row.ids.device), adapted.virtual(self.hf)
         self._by_blocks = carrier is flex.carrier
         if carrier is not None:
             row = segments.in_line(row)
+        soft, past = adapted.soft(self.hf), adapted.past(self.hf, row.lanes)
+        if soft is not None:
+            row = rooted(row, virtual)
+        mask = tree_mask(model, row, next(self.parameters()).dtype, carrier=carrier)
+        more: dict[str, Any] = {}
+        if past is not None:  # seen from everywhere, and before every position
+            more, mask = {"past_key_values": past}, widened(mask, virtual)
         with own_products(self.hf, self._halves), segments.read_at(backbone, row.src, len(row.ids)):
             out = backbone(
-                input_ids=row.ids.view(row.lanes, -1),
-                position_ids=row.pos.view(row.lanes, -1),
-                attention_mask=tree_mask(model, row, next(self.parameters()).dtype, carrier=carrier),
+                **adapted.given(self.hf, row.ids.view(row.lanes, -1), soft),
+                position_ids=row.pos.view(row.lanes, -1) + (virtual if past is not None else 0),
+                attention_mask=mask,
                 use_cache=False,
+                **more,
             )
         # index_select, not indexing: the backward of the latter is not deterministic with two CPU threads
         return out.last_hidden_state.flatten(0, 1).index_select(0, row.src)
@@ -196,7 +227,7 @@ class Policy(nn.Module):
     def _carrier(self, device: torch.device) -> Carrier | None:
         """What attends piece by piece: segments on processors, FlexAttention on graphics cards; None: dense masks."""
         config = self.inner.config
-        if not self.segments or config._attn_implementation != "sdpa":
+        if not self.segments or config._attn_implementation != "sdpa" or adapted.virtual(self.hf):
             return None
         if device.type == "cpu":
             return segments.carrier
@@ -210,126 +241,34 @@ class Policy(nn.Module):
 
     def _padded(self, backbone: nn.Module, row: Row) -> torch.Tensor:
         """The same numbers from separate right-padded sequences; a token that branches share is scored on the first."""
-        lines, flat, width = _unrolled(row)
+        virtual, soft = adapted.virtual(self.hf), adapted.soft(self.hf)
+        first = 0 if soft is None else virtual
+        lines, flat, width = _unrolled(row, first)
         ids = torch.zeros(len(lines), width, dtype=torch.long, device=row.ids.device)
-        mask = torch.zeros_like(ids)
+        mask = torch.zeros(len(lines), virtual - first + width, dtype=torch.long, device=row.ids.device)
         for k, line in enumerate(lines):
-            ids[k, : len(line)] = row.ids[line]
-            mask[k, : len(line)] = 1
+            ids[k, first : first + len(line)] = row.ids[line]
+            mask[k, : virtual + len(line)] = 1
+        past = adapted.past(self.hf, len(lines))
+        more: dict[str, Any] = {} if past is None else {"past_key_values": past}
         with own_products(self.hf, self._halves):
-            out = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+            out = backbone(**adapted.given(self.hf, ids, soft), attention_mask=mask, use_cache=False, **more)
         return out.last_hidden_state.flatten(0, 1).index_select(0, flat)
 
 
-def _unrolled(row: Row) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-    """Every branch of a row as a line of token indices, and where in the [lines × width] grid each `src` lies."""
+def _unrolled(row: Row, first: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """Every branch of a row as a line of token indices, and where in the [lines × width] grid each `src` lies.
+
+    `first`: places at the beginning of each line of the grid that are left free.
+    """
     lines = [
         torch.from_numpy(tree.path(b)).to(row.ids.device) + start
         for tree, start in zip(row.trees, row.starts, strict=True)
         for b in range(len(tree.tips))
     ]
-    width = max(len(line) for line in lines)
+    width = first + max(len(line) for line in lines)
     depth = row.pos.index_select(0, row.src)
-    return lines, row.branch * width + depth, width
-
-
-def prove(policy: Policy, *, length: int = 64, seed: int = 0) -> dict[str, Any]:
-    """Compare the tree pass with the padded pass on this very model, and choose the layout by it.
-
-    The probe has two trees of two branches each, paths longer than the smallest window where `length` (the longest
-    example to come, in tokens) reaches that far. A control with an ordinary causal mask must differ visibly, so
-    that agreement means something.
-
-    Returns:
-        {"layout", "reason", "difference", "control"}: log-probabilities' largest differences in nats.
-    """
-    model = policy.inner
-    why = refuses_trees(model)
-    if why:
-        policy.layout = "padded"
-        return {"layout": "padded", "reason": why, "difference": None, "control": None}
-    window = smallest_window(model) or 0
-    prompt = max(12, min(length - 8, window + 4)) if window and window <= 8192 else 12
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(0, vocabulary, (n,), generator=generator).tolist()
-
-    def tree(n: int) -> Any:
-        return flatten(Node(draw(n), None, tuple(Node(draw(k), [1.0] * k) for k in (7, 5))))
-
-    row = join([tree(prompt), tree(9)]).to(policy.device)
-    causal = Row(
-        **{
-            **row.__dict__,
-            "end": torch.full_like(row.end, len(row.ids)),
-            "pos": torch.arange(len(row.ids), device=row.pos.device),
-        }
-    )
-    was_training = policy.training
-    policy.eval()
-    try:
-        with torch.no_grad():
-            policy.layout, why = "padded", ""
-            padded = policy(row)
-            policy.layout = "tree"
-            for policy.segments in (True, False):  # where a model rebuilds its mask the segments are lost
-                try:
-                    got, control = policy(row), policy(causal)
-                except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-                    why = f"the tree pass failed: {error}"
-                    continue
-                difference, visible = (got - padded).abs().max().item(), (control - padded).abs().max().item()
-                if visible > 0 and difference <= _tolerated(policy) * visible:
-                    reason = "the tree pass equals the padded pass"
-                    return {"layout": "tree", "reason": reason, "difference": difference, "control": visible}
-                why = ""
-    finally:
-        policy.train(was_training)
-    policy.layout = "padded"
-    if why:
-        return {"layout": "padded", "reason": why, "difference": None, "control": None}
-    reason = "the tree pass differs from the padded pass"
-    return {"layout": "padded", "reason": reason, "difference": difference, "control": visible}
-
-
-def check_causal(policy: Policy, *, seed: int = 0) -> None:
-    """Make sure that no token's score hears of later tokens: a model that looks ahead learns to copy them.
-
-    Two sequences that differ in one late token must score everything before it alike. transformers loads encoders
-    such as BERT as causal models without objecting.
-
-    Raises:
-        ModelError: a score changed.
-    """
-    vocabulary = policy.inner.config.get_text_config().vocab_size
-    one = torch.randint(0, vocabulary, (14,), generator=torch.Generator().manual_seed(seed))
-    other = one.clone()
-    other[11] = (one[11] + vocabulary // 2) % vocabulary
-    row = join([chain(ids.tolist(), [1.0] * len(ids)) for ids in (one, other)]).to(policy.device)
-    was_training, layout = policy.training, policy.layout
-    policy.eval()
-    policy.layout = "padded"
-    try:
-        with torch.no_grad():
-            first, second = policy(row).split(len(one) - 1)
-    finally:
-        policy.train(was_training)
-        policy.layout = layout
-    change = (first - second).abs()  # [13]: scores of tokens 1 to 13
-    before, after = change[:10].max().item(), change[11:].max().item()
-    if before > _tolerated(policy) * after:
-        raise ModelError(
-            f"{policy.inner.config.model_type} sees the tokens that it is to predict (a score changed by {before:.2g} "
-            "nats when only a later token did)",
-            do="choose a causal language model; an encoder such as BERT is none",
-        )
-
-
-def _tolerated(policy: Policy) -> float:
-    """Rounding, as a share of what a real error would change. Half precision rounds two padded batches differently."""
-    return 0.02 if padded_precision(policy) == torch.float32 else 0.2
+    return lines, row.branch * width + first + depth, width
 
 
 def padded_precision(policy: Policy) -> torch.dtype:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from temper.recipe import Config
 
@@ -17,9 +17,10 @@ MARGIN = 8
 
 
 class Decoding(Config):
-    """How answers are decoded. Temperature 0 is greedy."""
+    """How answers are decoded. Temperature 0 is greedy, or a search among several beams."""
 
     max_new_tokens: int = Field(default=128, ge=1, description="Longest answer in tokens.")
+    min_new_tokens: int = Field(default=0, ge=0, description="Shortest answer in tokens: none ends itself before.")
     temperature: float = Field(default=0.0, ge=0, description="0: greedy; otherwise the softmax's temperature.")
     top_k: int | None = Field(default=None, ge=1, description="Sample from this many most likely tokens.")
     top_p: float = Field(
@@ -30,6 +31,14 @@ class Decoding(Config):
     )
     repetition_penalty: float = Field(
         default=1.0, gt=0, description="Above 1: tokens already there become less likely."
+    )
+    beams: int = Field(
+        default=1,
+        ge=1,
+        description="Answers kept while searching for the likeliest one; 1: no search. Needs temperature 0.",
+    )
+    length_penalty: float = Field(
+        default=1.0, description="Of a search: an answer's log-probability is divided by its length to this power."
     )
     stop: list[str] = Field(
         default=[], description="Strings that end an answer; what stands before them is kept, they are not."
@@ -42,6 +51,16 @@ class Decoding(Config):
             raise ValueError("an empty stop string would end every answer before its first token")
         return value
 
+    @model_validator(mode="after")
+    def _fits(self) -> Decoding:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.beams > 1 and (self.temperature > 0 or self.stop):
+            raise ValueError("a search by beams samples nothing (temperature: 0) and knows no stop strings")
+        if self.beams == 1 and self.length_penalty != 1:
+            raise ValueError("length_penalty belongs to a search: beams above 1")
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -49,7 +68,7 @@ class Completion:
 
     `logps` and `raw` are float32 of length len(ids) + (end is not None): under the distribution really sampled from
     (after penalty, temperature, top-k, top-p, min-p; greedy decoding is certain, 0), and under the model's plain
-    softmax. A stop string may begin inside a token; that token and those after it are left out, and `text` has the
+    softmax; those of a search by beams are nan, for nothing was sampled. A stop string may begin inside a token; that token and those after it are left out, and `text` has the
     text up to the string exactly.
     """
 
@@ -71,6 +90,11 @@ class Draft:
         self.raw: list[float] = []
         self.done: Completion | None = None
         self.window = max((len(s.encode()) for s in decoding.stop), default=0) + MARGIN
+
+    @property
+    def early(self) -> bool:
+        """Whether it is too short to end."""
+        return len(self.ids) < self.decoding.min_new_tokens and bool(self.ends)
 
     def add(self, token: int, logp: float, raw: float) -> bool:
         """Take a sampled token; True when the completion is finished."""

@@ -5,11 +5,13 @@ Legend: R rows decoded together, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from temper.errors import ModelError
-from temper.rollouts.decoding import Decoding
+from temper.rollouts.decoding import Decoding, Draft
 
 CANDIDATES = 1024  # top-p looks among this many; rows whose mass lies wider are sorted whole
 BLOCK = 256  # tokens summed at once on the way to the inverse CDF
@@ -89,8 +91,22 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return found
 
 
+def held_open(logits: torch.Tensor, drafts: Sequence[Draft]) -> torch.Tensor | None:
+    """Logits [R, V] without the end tokens where a completion is still too short to end; None where none is."""
+    early = [n for n, draft in enumerate(drafts) if draft.early]
+    if not early:
+        return None
+    out = logits.clone()
+    out[torch.tensor(early, device=logits.device)[:, None], torch.tensor(sorted(drafts[0].ends))] = -torch.inf
+    return out
+
+
 def draw(
-    logits: torch.Tensor, noise: torch.Tensor, decoding: Decoding, seen: torch.Tensor | None = None
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    decoding: Decoding,
+    seen: torch.Tensor | None = None,
+    limited: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens int64 [R], their log-probabilities under what was sampled from, and under the plain softmax, float32 [R].
 
@@ -98,11 +114,12 @@ def draw(
         logits: float32 [R, V], the model's own.
         noise: float64 [R] in [0, 1), one number a row.
         seen: see `warped`.
+        limited: see `held_open`.
 
     Raises:
         ModelError: logits that are no numbers.
     """
-    ours = warped(logits, decoding, seen)
+    ours = warped(logits if limited is None else limited, decoding, seen)
     if decoding.temperature == 0:
         tokens, logps = ours.argmax(-1), None
     else:

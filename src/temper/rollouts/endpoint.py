@@ -93,6 +93,8 @@ class Endpoint:
         Raises:
             ModelError: the endpoint cannot be reached, refuses, or gives no answers; says what it said.
         """
+        if decoding.beams > 1:
+            raise ModelError("an endpoint samples, and does not search by beams", do="leave beams out")
         named = range(len(prompts)) if numbers is None else numbers
         bodies = [self._body(p, decoding, _seed(seed, n, step)) for p, n in zip(prompts, named, strict=True)]
         answers = _wait_for(self._all(bodies, progress))
@@ -111,6 +113,8 @@ class Endpoint:
         asked = decoding.model_dump(exclude_defaults=True)
         asked |= {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
         asked.pop("max_new_tokens", None)
+        if least := asked.pop("min_new_tokens", None):
+            asked["min_tokens"] = least
         what = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
         return {"model": self.address.model, **what, **asked, "seed": seed}
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from temper.models.scores import head_of
 from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
-from temper.rollouts.distribution import draw
+from temper.rollouts.distribution import draw, held_open
 from temper.rollouts.memory import ROUND, Memory
 from temper.rollouts.products import packed_linears
 from temper.trees import rounded
@@ -176,7 +176,9 @@ class _Decoder:
             for n, p in enumerate(prompts):
                 seen[n, torch.tensor(p.ids, device=self.device)] = True
             seen = seen.index_select(0, owner)
-        first = draw(logits.index_select(0, owner), self.noise[drafts, 0].to(self.device), self.decoding, seen)
+        logits = logits.index_select(0, owner)
+        limited = held_open(logits, [self.drafts[d] for d in drafts])
+        first = draw(logits, self.noise[drafts, 0].to(self.device), self.decoding, seen, limited)
         owners = [p for p in prompts for _ in p.drafts]
         for draft, prompt, token, logp, raw in zip(drafts, owners, *(x.tolist() for x in first), strict=True):
             if self.drafts[draft].add(token, logp, raw):
@@ -200,7 +202,9 @@ class _Decoder:
             )
         noise = self.noise[[r.draft for r in rows], [r.fed + 1 for r in rows]].to(device)
         seen = self.seen[: len(rows)] if self.seen is not None else None
-        tokens, logps, raws = draw(self._logits(hidden[:, -1]), noise, self.decoding, seen)
+        logits = self._logits(hidden[:, -1])
+        limited = held_open(logits, [self.drafts[r.draft] for r in rows])
+        tokens, logps, raws = draw(logits, noise, self.decoding, seen, limited)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         over = []

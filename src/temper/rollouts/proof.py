@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from temper.models import adapted
 from temper.models.attention import refuses_trees, smallest_window
 from temper.models.scores import Policy, padded_precision
 from temper.rollouts import fallback, native
@@ -34,6 +35,8 @@ def prove(policy: Policy) -> tuple[Layout, str]:
     config = model.config.get_text_config()
     if why := refuses_trees(model):
         return "generate", why
+    if n := adapted.virtual(policy.hf):
+        return "generate", f"{n} virtual tokens stand before every prompt"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
         return "generate", f"{rope} positions change with the longest of a batch"
@@ -74,18 +77,17 @@ def trusted(policy: Policy) -> tuple[fallback.Together, str]:
     Padding on the left is not invisible to every model, and a few lose their state in any batch. The text is empty,
     or says that not even single prompts agree.
     """
-    model, full = policy.inner, padded_precision(policy) == torch.float32
-    prompts = _prompts((11, 5, 5), model.config.get_text_config().vocab_size)
+    full = padded_precision(policy) == torch.float32
+    policy.layout = "padded"
+    prompts = _prompts((11, 5, 5), policy.inner.config.get_text_config().vocab_size)
     change = 0.0
     kinds: tuple[fallback.Together, ...] = ("any length", "equal length", "none")
     for together in kinds:
-        drafts, _ = _decoded(fallback.decode, model, prompts, pad_id=0, slots=3, together=together)
+        drafts, _ = _decoded(fallback.decode, policy.hf, prompts, pad_id=0, slots=3, together=together)
         differences = []
         for prompt, draft in zip(prompts, drafts, strict=True):
             assert draft.done is not None
-            ids = torch.tensor([[*prompt, *draft.ids]], device=policy.device)
-            logps = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            alone = logps.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu()
+            alone = policy(join([group(prompt, [draft.ids])]).to(policy.device)).cpu()
             differences.append(torch.from_numpy(draft.done.raw) - alone)
         change = _size(torch.cat(differences), len(prompts), full)
         if change < (1e-3 if full else 0.3):

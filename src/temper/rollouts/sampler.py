@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,11 +36,15 @@ class Sampler:
         self.policy = Policy(hf, "padded")
         with _evaluating(hf), torch.no_grad():
             self.layout, why = prove(self.policy)
-            self.together: fallback.Together = "any length"
             if self.layout == "generate":
-                self.together, doubt = trusted(self.policy)
-                why += doubt
+                why += self.trust[1]
         self.reason = f"{'native sampler' if self.layout == 'native' else 'by generate'}: {why}"
+
+    @functools.cached_property
+    def trust(self) -> tuple[fallback.Together, str]:
+        """Which prompts `generate` may decode together, and what is wrong with it all the same."""
+        with _evaluating(self.hf), torch.no_grad():
+            return trusted(self.policy)
 
     @torch.no_grad()
     def sample(
@@ -92,12 +97,12 @@ class Sampler:
         model = self.policy.inner
         if not drafts:
             return
-        if self.layout == "native":
+        if self.layout == "native" and drafts[0].decoding.beams == 1:
             native.decode(model, prompts, noise, drafts, slots=self.slots, progress=progress)
             return
         pad = self.tokenizer.pad_token_id
         fallback.decode(
-            model, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots, together=self.together,
+            self.hf, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots, together=self.trust[0],
             progress=progress,
         )  # fmt: skip
 

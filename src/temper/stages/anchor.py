@@ -19,7 +19,8 @@ from temper.engine.loop import Loop
 from temper.errors import ModelError, RunError, TrainingError
 from temper.job import Job
 from temper.models import adapters, load
-from temper.models.scores import Policy, prove
+from temper.models.proof import prove
+from temper.models.scores import Policy
 from temper.runfolder import write_atomic
 from temper.stages.training import TrainingStage
 from temper.trees import Row, Tree, rows_of

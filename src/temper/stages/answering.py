@@ -19,8 +19,9 @@ from temper.data.formats import text_of
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError
 from temper.job import Job
-from temper.models import adapters, load
+from temper.models import adapted, adapters, load
 from temper.models.scores import Policy
+from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import read_sealed, write_sealed
 from temper.stages import couples, elsewhere, judge, scoring, summary
@@ -60,12 +61,14 @@ class Answering:
         self.records = [scoring.preferred(r) for r in records]
         self.paired = "chosen" in records[0].row
         self.reaches: dict[str, int | None] = {}
+        self.opened: dict[str, Opened] = {}
         self.of = functools.cache(self._of)
+        self.scores = functools.cache(self._scored)
 
     def preferences_of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of both answers [N, 2] under a model that need not be evaluated, and their tokens [N, 2]."""
         if name in self.stage.models:
-            out = self.of(name)
+            out = self.of(name, next(iter(self.stage.ways)))
             assert out.pairs is not None and out.pair_tokens is not None
             return out.pairs, out.pair_tokens
         found = self._kept(f"reference {name}", lambda: self._scored(name))
@@ -75,16 +78,16 @@ class Answering:
         """Which model it is, wherever it lies."""
         return f"{elsewhere.label(self.job, name)}@{hub.identity(self.job.model(name))[:12]}"
 
-    def _of(self, name: str) -> Outputs:
-        """What one model gives."""
-        return scoring.outputs_of(self._kept(name, lambda: self._asked(name)))
+    def _of(self, name: str, way: str) -> Outputs:
+        """What one model gives when it decodes in one of the stage's ways."""
+        return scoring.outputs_of(self._kept(f"{name}|{way}", lambda: self._asked(name, way)))
 
     def _kept(self, name: str, ask: Any) -> Columns:
         """What was asked of a model before, or is now."""
         kept = self.job.dir / "answers" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
         found = read_sealed(kept)
         if found is None and kept.is_file():
-            self.job.warn(f"the answers of {name} that were kept are damaged; it answers again")
+            self.job.warn(f"the answers of {name.strip('|')} that were kept are damaged; it answers again")
         if found is None:
             columns = ask()
             kept.parent.mkdir(exist_ok=True)
@@ -98,9 +101,9 @@ class Answering:
         self.reaches |= found["reaches"]
         return found["outputs"]
 
-    def _asked(self, name: str) -> Columns:
-        served = self.job.model(name).endpoint
-        out = self._served(served) if served else self._local(name)
+    def _asked(self, name: str, way: str) -> Columns:
+        served, decoding = self.job.model(name).endpoint, self.stage.ways[way]
+        out = self._served(served, decoding) if served else self._local(name, decoding)
         wholes = out.pop("wholes")
         for key, rewarder in self.rewarders.items():
             out[key] = rewarder(wholes).tolist()
@@ -113,17 +116,17 @@ class Answering:
             if (cut := out["ended"].count(False)) > len(self.records) / 2:
                 self.job.warn(
                     f"{cut} of {len(self.records)} answers of {name} were cut by max_new_tokens "
-                    f"({self.stage.decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
+                    f"({decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
                 )
             for odd in summary.oddities(name, scoring.outputs_of(out)):
                 self.job.warn(odd)
         return out
 
-    def _served(self, at: Address) -> Columns:
+    def _served(self, at: Address, decoding: Decoding) -> Columns:
         """What a model behind an endpoint answers: columns of `Outputs`, and all samples as «texts», row by row."""
         stage = self.stage
         teacher = Served(
-            self.job, at, format_of(self.job, stage.data), stage.decoding, concurrency=stage.concurrency
+            self.job, at, format_of(self.job, stage.data), decoding, concurrency=stage.concurrency
         )  # fmt: skip
         with self.job.progress(len(self.records) * stage.samples, f"{at.model} answers") as bar:
             drawn = [teacher.ask(self.records, range(len(self.records)), k, bar) for k in range(stage.samples)]
@@ -137,7 +140,7 @@ class Answering:
             ended=[a.ended for a in drawn[0]],
         )
 
-    def _local(self, name: str) -> Columns:
+    def _local(self, name: str, decoding: Decoding) -> Columns:
         """What a model on this machine answers, as `_served`, and what it scores."""
         stage, opened = self.stage, self._open(name)
         self._check_form(name, opened.encoder)
@@ -147,29 +150,29 @@ class Answering:
         )
         prompts, first = [], []
         if metrics.needs_text(stage.metrics):
-            prompts, first, written = self._written(name, opened)
+            prompts, first, written = self._written(name, opened, decoding)
             out |= written
         if metrics.needs_likelihood(stage.metrics) or metrics.needs_pairs(stage.metrics):
-            out |= self._scored(name, opened)
+            out |= self.scores(name)
         if metrics.needs_kl(stage.metrics):
             start, precision = stage.models[0], opened.precision
             out["kl_to"] = elsewhere.label(self.job, start)
-            other = None if name == start else self._open(start)
+            other = None if name == start else self._load(start)
             to = None if other is None else (other.policy, other.encoder.tokenizer)
             self._settle(opened, max(len(p) + len(a.ids) for p, a in zip(prompts, first, strict=True)))
             tokenizer, tokens = opened.encoder.tokenizer, stage.micro_tokens
             out["kl"] = scoring.divergence(opened.policy, to, tokenizer, prompts, first, precision, tokens)
         return out
 
-    def _written(self, name: str, opened: Opened) -> tuple[list[list[int]], list[Any], Columns]:
+    def _written(self, name: str, opened: Opened, decoding: Decoding) -> tuple[list[list[int]], list[Any], Columns]:
         """Prompts as token ids, the first answer to each, and all answers as columns."""
         stage, tokenizer = self.stage, opened.encoder.tokenizer
-        context = load.context(opened.policy.inner) or NO_LIMIT
+        hf, new, virtual = opened.policy.inner, decoding.max_new_tokens, adapted.virtual(opened.policy.hf)
         prompts = opened.encoder.prompts(self.records)
         for record, prompt in zip(self.records, prompts, strict=True):
-            if len(prompt) + stage.decoding.max_new_tokens > context:
+            if not load.has_room(hf, virtual + len(prompt), new):
                 raise DataError(
-                    f"a prompt of {len(prompt)} tokens and an answer of up to {stage.decoding.max_new_tokens} do not fit the context of {name} ({context})",
+                    f"a prompt of {len(prompt)} tokens and an answer of up to {new} do not fit the context of {name} ({load.context(hf)})",
                     where=record.where,
                     do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",
                 )
@@ -180,7 +183,7 @@ class Answering:
             sampler = Sampler(opened.policy.hf, tokenizer, end_ids=opened.encoder.end_ids, slots=stage.batch_size)
             self.job.say(f"{name} answers: {sampler.reason}")
             drawn = sampler.sample(
-                prompts, stage.decoding, completions=stage.samples, seed=self.job.seed, progress=bar
+                prompts, decoding, completions=stage.samples, seed=self.job.seed, progress=bar
             )  # fmt: skip
         ids = [one.ids for group in drawn for one in group]
         first = [group[0] for group in drawn]
@@ -191,19 +194,19 @@ class Answering:
             "wholes": tokenizer.batch_decode(both, skip_special_tokens=True),
         }  # fmt: skip
 
-    def _scored(self, name: str, opened: Opened | None = None) -> Columns:
+    def _scored(self, name: str) -> Columns:
         """How probable a model finds the references; of preferences both answers. Rows past the context are scored in full
         wherever positions go on."""
-        opened = opened or self._open(name)
+        opened = self._open(name)
         pairs = couples.paired(self.rows, opened.encoder) if self.paired else []
         encoded = [] if pairs else opened.encoder.encode(self.records)
-        longest = max([*(c.length for c in pairs), *(len(e.ids) for e in encoded)])
+        longest = max([*(c.length for c in pairs), *(e.length for e in encoded)])
         context = load.context(opened.policy.inner) or NO_LIMIT
         reach = load.reach(opened.policy.inner) if longest > context else None
         if reach is not None:
             self.reaches[name] = reach
         elif longest > context:
-            lengths = [c.length for c in pairs] or [len(e.ids) for e in encoded]
+            lengths = [c.length for c in pairs] or [e.length for e in encoded]
             self.job.warn(
                 f"{sum(n > context for n in lengths)} of {len(lengths)} rows are longer than the context of {name} ({context} "
                 "tokens; its positions go on, so they are scored in full, farther than it was trained to look)"
@@ -221,6 +224,13 @@ class Answering:
             opened.settled = True
 
     def _open(self, name: str) -> Opened:
+        """One model is in memory at a time, asked in all ways before the next."""
+        if name not in self.opened:
+            self.opened.clear()
+            self.opened[name] = self._load(name)
+        return self.opened[name]
+
+    def _load(self, name: str) -> Opened:
         stage, job = self.stage, self.job
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(stage.precision, device)
@@ -237,7 +247,7 @@ class Answering:
             job.warn(notice)
         policy = Policy(hf)
         tokenizer = load.tokenizer(source, trust_remote_code=trust)
-        encoder = Encoder(tokenizer, format_of(job, stage.data), end_ids=load.end_ids(policy.inner))
+        encoder = Encoder(tokenizer, format_of(job, stage.data), end_ids=load.end_ids(policy.inner), apart=policy.apart)
         return Opened(policy, encoder, precision)
 
     def _check_form(self, name: str, encoder: Encoder) -> None:

@@ -26,15 +26,19 @@ def values(scores: dict[str, Scores], *, seed: int, resamples: int) -> dict[str,
     return out
 
 
-def comparisons(
-    models: Sequence[str], scores: dict[str, dict[str, Scores]], *, seed: int, resamples: int
-) -> list[dict[str, Any]]:
-    """Each model against the first and against the one before it, adjusted together (Holm)."""
+def in_turn(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Each model with the first, and with the one before it."""
     first = [(models[0], b) for b in models[1:]]
-    before = [pair for pair in itertools.pairwise(models) if pair not in first]
+    return first + [pair for pair in itertools.pairwise(models) if pair not in first]
+
+
+def comparisons(
+    pairs: Sequence[tuple[str, str]], scores: dict[str, dict[str, Scores]], *, seed: int, resamples: int
+) -> list[dict[str, Any]]:
+    """What the second of each pair has more than the first, adjusted together (Holm)."""
     made = [
         (metric, a, b, statistics.compare(ours, scores[b][metric], seed=seed, resamples=resamples))
-        for a, b in first + before
+        for a, b in pairs
         for metric, ours in scores[a].items()
         if ours.signature == scores[b][metric].signature
     ]

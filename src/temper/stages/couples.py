@@ -42,8 +42,8 @@ class Couple:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer path."""
-        return max(len(self.first.ids), len(self.second.ids))
+        """The longest sequence that a model meets in it."""
+        return max(self.first.length, self.second.length)
 
     def tree(self, number: int) -> Tree:
         """The couple as one example: weights of its scored tokens sum to 1, so that a step divides by its couples.

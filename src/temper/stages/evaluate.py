@@ -26,10 +26,15 @@ from temper.stages.seen import seen_before
 from temper.types import Outputs, Record, Scores
 
 
+def entry_of(model: str, way: str) -> str:
+    """What a model that decodes in a way is called in an evaluation."""
+    return f"{model}, {way}" if way else model
+
+
 class Expectation(Config):
     """A bound that a score must keep, or the run stops: what comes later would have nothing to show."""
 
-    model: str = detail(..., "One of the models evaluated.")
+    model: str = detail(..., "One of the models evaluated; with decodings MODEL, WAY.")
     metric: str = detail(..., "The name of a score, such as rougeL or toxicity_mean.")
     at_least: float | None = detail(None, "The score must not be lower.")
     at_most: float | None = detail(None, "The score must not be higher.")
@@ -48,7 +53,7 @@ class Evaluate(Stage):
     """Scores with intervals for every model, and paired comparisons with the first and with the one before."""
 
     kind = "evaluate"
-    version = 4
+    version = 5
     reads_replicas = True
     reads_split = "test"
     asks = ("models",)
@@ -77,6 +82,11 @@ class Evaluate(Stage):
     )
     take: int | None = detail(None, "Only the first so many rows.", ge=1)
     decoding: Decoding = detail(Decoding(), "How answers are decoded.")
+    decodings: dict[str, Decoding] = detail(
+        {},
+        "Several ways to decode, by name, in place of decoding: each model answers by each, and MODEL, WAY is compared with "
+        "the other models in that way and with itself in the other ways.",
+    )
     samples: int = detail(
         1, "Answers to each prompt. Above 1 toxicity_expected_max reads them all; every other metric the first.", ge=1
     )
@@ -99,9 +109,12 @@ class Evaluate(Stage):
     @model_validator(mode="after")
     def _fits(self) -> Evaluate:
         asked = metrics.asks_of_classifier(self.metrics) is not None
+        if self.decodings and "decoding" in self.model_fields_set:
+            raise ValueError("decoding and decodings are both given: put it among them, under a name")
+        entries = list(self.entries)
         for e in self.expect:
             for what, name, known in (
-                ("model", e.model, self.models),
+                ("model", e.model, entries),
                 ("metric", e.metric, metrics.names(self.metrics)),
             ):
                 if name not in known:
@@ -109,7 +122,7 @@ class Evaluate(Stage):
                         f"expect names the {what} «{name}», which is not evaluated; {nearest(name, known)}"
                     )
         if options := metrics.asks_of_judge(self.metrics):
-            duel.check(options, self.models)
+            duel.check(options, entries)
         judging.check_reward_model(
             self.reward_model,
             self.reward_label,
@@ -122,8 +135,19 @@ class Evaluate(Stage):
             )
         if self.reward_model is None and (self.second_reward_model or self.second_reward_label):
             raise ValueError("second_reward_model is named, and no reward_model: there is nothing that it is second to")
-        judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=self.decoding)
+        for way in self.ways.values():
+            judging.check(asked=asked, classifier=self.classifier, samples=self.samples, decoding=way)
         return self
+
+    @property
+    def ways(self) -> dict[str, Decoding]:
+        """The ways to decode by name; a single one has none."""
+        return self.decodings or {"": self.decoding}
+
+    @property
+    def entries(self) -> dict[str, tuple[str, str]]:
+        """What is compared, by name → (model, way to decode): way after way, the models in their order."""
+        return {entry_of(name, way): (name, way) for way in self.ways for name in self.models}
 
     @property
     def _needs_weights(self) -> bool:
@@ -144,28 +168,46 @@ class Evaluate(Stage):
         key = "metrics: [{toxicity: {label: …}}]"
         judge = judging.Judge(job, str(self.classifier), asked["label"], key=key).checked() if asked else None
         rewarders = self._rewarders(job)
-        copies = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
+        found = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}
+        copies = {entry_of(n, way): entry_of(of, way) for way in self.ways for n, of in found.items()}
         answering = Answering(job, self, records, judge, rewarders)
-        outputs = {name: answering.of(name) for name in [*self.models, *copies]}
+        outputs = {entry_of(n, way): answering.of(n, way) for n in self.models + list(found) for way in self.ways}
+        outputs = {entry: outputs[entry] for entry in [*self.entries, *copies]}
         outputs = self._related(job, answering, outputs)
-        shown = elsewhere.labels(job, self.models)
+        shown = self._shown(job)
         outputs = {shown.get(name, name): out for name, out in outputs.items()}
+        copies = {name: shown[of] for name, of in copies.items()}
         models = list(shown.values())
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)
         self._write_rows(job, {n: outputs[n] for n in models}, {n: scores[n] for n in models})
         entry = {
             "data": {"name": self._split_name(), "rows": len(records), "sha256": scoring.content(records)},
-            "decoding": self.decoding.model_dump(),
+            "decoding": self.decoding.model_dump()
+            if not self.decodings
+            else {name: way.model_dump() for name, way in self.decodings.items()},
             "rows": f"{job.name}/rows.parquet",
             "models": {n: compare.values(scores[n], seed=job.seed, resamples=self.resamples) for n in models},
-            "comparisons": compare.comparisons(models, scores, seed=job.seed, resamples=self.resamples),
+            "comparisons": compare.comparisons(self._compared(shown), scores, seed=job.seed, resamples=self.resamples),
             "spread": compare.spread(scores, copies),
         }
         write_json(job.dir / "evaluation.json", entry)
         job.counts = {"examples": len(records)}  # nothing is trained here
         self._say(job, entry)
         compare.check(self.expect, scores, shown)
+
+    def _shown(self, job: Job) -> dict[str, str]:
+        """What is compared, by its name in the recipe → its name in tables."""
+        names = elsewhere.labels(job, self.models)
+        return {entry: entry_of(names[model], way) for entry, (model, way) in self.entries.items()}
+
+    def _compared(self, shown: dict[str, str]) -> list[tuple[str, str]]:
+        """Pairs of names in tables: in each way every model with the first and with the one before it; each model in every
+        other way with itself in the first."""
+        pairs = [p for way in self.ways for p in compare.in_turn([entry_of(m, way) for m in self.models])]
+        first, *others = self.ways
+        pairs += [(entry_of(m, first), entry_of(m, way)) for m in self.models for way in others]
+        return [(shown[a], shown[b]) for a, b in pairs]
 
     def _rewarders(self, job: Job) -> dict[str, judging.Rewarder]:
         """Reward models by what their rewards are called, opened: what is wrong with one is told before anything is decoded."""
@@ -222,7 +264,7 @@ class Evaluate(Stage):
             )
             job.facts["rows too long to score"] = apart
         if options := metrics.asks_of_judge(self.metrics):
-            shown = elsewhere.labels(job, self.models)
+            shown = self._shown(job)
             fight = duel.Duel(job, **options, shown=shown, concurrency=self.concurrency)
             theirs = outputs[options["against"]]
             for name, out in outputs.items():

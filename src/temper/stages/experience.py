@@ -85,7 +85,7 @@ class Experience:
     def packed(self, trees: list[Tree]) -> list[Row]:
         """One update's prompts as rows. What is longer than two passes is cut: each part repeats the prompt."""
         parts = [part for tree in trees for part in split(tree, 2 * self.plan.micro_tokens)]
-        return rows_of(parts, self.plan.row_tokens, self.plan.micro_tokens)
+        return rows_of(parts, self.policy.lane(self.plan.row_tokens), self.plan.micro_tokens)
 
     def trial(self) -> tuple[float, list[Row]]:
         """One prompt's group as rows to time an update with, and the seconds that a prompt's rollout takes.
@@ -98,7 +98,7 @@ class Experience:
         took = (time.perf_counter() - began) / together
         advantage = np.ones(len(rollout.done))
         trees = self._trees(dataclasses.replace(rollout, advantage=advantage))[0]
-        return took, rows_of(trees, self.plan.row_tokens, self.plan.micro_tokens)
+        return took, rows_of(trees, self.policy.lane(self.plan.row_tokens), self.plan.micro_tokens)
 
     # Making a rollout
 
@@ -211,7 +211,7 @@ class Experience:
         out: list[np.ndarray] = [np.zeros(0)] * len(trees)
         self.policy.eval()
         with torch.no_grad(), self._autocast():
-            for row in rows_of(trees, self.plan.row_tokens, self.plan.micro_tokens):
+            for row in rows_of(trees, self.policy.lane(self.plan.row_tokens), self.plan.micro_tokens):
                 found = model(row.to(self.policy.device)).float().cpu().numpy()
                 ends = np.cumsum([len(t.tgt) for t in row.trees])
                 for tree, part in zip(row.trees, np.split(found, ends[:-1]), strict=True):

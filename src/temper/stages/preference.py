@@ -26,7 +26,7 @@ from temper.stages import anchor, couples
 from temper.stages.comparison import Comparison, Objective
 from temper.stages.couples import Couple
 from temper.stages.seen import note_trained_on
-from temper.stages.sft import NO_LIMIT, format_of
+from temper.stages.sft import NO_LIMIT, encoder_of
 from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
 from temper.trees import Row, Tree, rows_of
 from temper.types import Record
@@ -110,8 +110,7 @@ class Preference(TrainingStage, Validated):
     def run(self, job: Job) -> None:
         objective = Objective.of(self.loss)
         records = {s: read_split(job, self.data, s, optional=s != "train") for s in ("train", "validation")}
-        tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
-        encoder = Encoder(tokenizer, format_of(job, self.data))
+        encoder = encoder_of(job, self.model, self.data)
         read = self._read(job, objective, records, encoder)
         policy, tokenizer, source, precision = open_policy(
             job, self, max(c.length for some in read.values() for c in some)
@@ -128,9 +127,10 @@ class Preference(TrainingStage, Validated):
         if self.reference_kept:
             score = None  # of the model nothing is needed any more
         comparison = Comparison(job, policy, objective, score, precision, falling=self.falling, anchored=anchored)
-        how = (self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
+        lane = policy.lane(self.row_tokens)
+        how = (self.batch_size * self.accumulation, lane, self.micro_tokens, job.seed)
         batches = Prepared(trees["train"], *how, prepare=comparison.prepared)
-        validation = rows_of(trees["validation"], self.row_tokens, self.micro_tokens)
+        validation = rows_of(trees["validation"], lane, self.micro_tokens)
         loop = Loop(
             job, policy, comparison.loss, batches, self, precision, validation,
             follower=comparison, pieces=pieces_of(tokenizer),
@@ -209,7 +209,7 @@ class Preference(TrainingStage, Validated):
         trees: dict[str, list[Tree]],
     ) -> dict[str, list[Tree]]:
         """Trees with the column `reference`: those of validation, and where it is kept those of train, from its file."""
-        sizes = (self.row_tokens, self.micro_tokens)
+        sizes = (policy.lane(self.row_tokens), self.micro_tokens)
         if not self.reference_kept:
             found = anchor.ask(score, policy, trees["validation"], precision, sizes)
             return {**trees, "validation": anchor.with_column(trees["validation"], found)}

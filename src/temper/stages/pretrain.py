@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from temper.engine import device as devices
 from temper.engine.batches import Batches
@@ -21,25 +21,33 @@ from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import Config, DataRef, Stage, detail, stages
+from temper.stages.denoise import Corrupting, Texts, sentinels
 from temper.stages.training import read_split, settle, summarise
-from temper.trees import chain, rows_of
+from temper.trees import Tree, chain, rows_of
 from temper.types import Record
+
+SENTINEL = "<extra_id_"
 
 
 class Shape(Config):
-    """A small Llama."""
+    """A small Llama, or a small T5."""
 
+    family: Literal["llama", "t5"] = detail(
+        "llama", "llama: decoder-only, predicts what comes next; t5: encoder–decoder, fills in what was taken out."
+    )
     vocabulary: int = detail(4000, "Pieces of the tokenizer (byte-level BPE), special tokens included.", ge=300)
     hidden: int = detail(256, "Width of the residual stream.", ge=16)
-    layers: int = detail(4, "Transformer blocks.", ge=1)
+    layers: int = detail(4, "Transformer blocks; of a t5 in encoder and decoder each.", ge=1)
     heads: int = detail(4, "Attention heads.", ge=1)
-    intermediate: int | None = detail(None, "Width of the feed-forward part; null: 8/3 of hidden, rounded up to 32.")
+    intermediate: int | None = detail(
+        None, "Width of the feed-forward part, which is gated; null: 8/3 of hidden, rounded up to 32."
+    )
     context: int = detail(512, "Longest sequence in tokens.", ge=16)
 
 
 @stages.register("pretrain")
 class Pretrain(Stage, Validated):
-    """Train a byte-level BPE tokenizer and a small Llama on the column `text` of a data stage."""
+    """Train a byte-level BPE tokenizer and a small Llama or T5 on the column `text` of a data stage."""
 
     kind = "pretrain"
     version = 2
@@ -66,21 +74,42 @@ class Pretrain(Stage, Validated):
         policy = Policy(fresh(self.shape, tokenizer, job.seed).to(device))  # type: ignore[arg-type]
         if self.activation_checkpointing:
             policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        trees = [t for r in records for t in blocks(tokenizer, r, self.shape.context)]
-        validation = [
-            t
-            for r in texts(job, self.data, "validation", optional=True)
-            for t in blocks(tokenizer, r, self.shape.context)
-        ]
+        held = texts(job, self.data, "validation", optional=True)
+        trees, validation, drawn = self._trees(tokenizer, records, held, job.seed)
         settle(job, policy, "auto", max(t.depth for t in trees), device, precision)
-        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
-        held = rows_of(validation, self.row_tokens, self.micro_tokens)
-        loop = Loop(job, policy, nll, batches, self, precision, held, pieces=pieces_of(tokenizer))
+        lane = policy.lane(self.row_tokens)
+        size = self.batch_size * self.accumulation
+        batches = Batches(trees, size, lane, self.micro_tokens, job.seed)
+        if drawn:
+            batches = Corrupting(trees, size, lane, self.micro_tokens, job.seed, texts=drawn)
+        rows = rows_of(validation, lane, self.micro_tokens)
+        loop = Loop(job, policy, nll, batches, self, precision, rows, pieces=pieces_of(tokenizer))
         job.counts["examples"] = len(trees)
         lines = [f"rows: {len(records):,} texts in {len(trees):,} sequences of at most {self.shape.context} tokens"]
-        summarise(job, loop, lines, trees, f"⟦{tokenizer.decode(trees[0].ids.tolist())[:300]}…⟧")
+        first = trees[0].ids.tolist()
+        asked, trained = (tokenizer.decode(ids)[:300] for ids in (first[: trees[0].root], first[trees[0].root :]))
+        summarise(job, loop, lines, trees, f"{asked} … ⟦{trained}⟧" if drawn else f"⟦{asked}{trained}…⟧")
         loop.run()
         load.save(policy.hf, tokenizer, job.dir / "model", ends={tokenizer.eos_token_id})
+
+    def _trees(
+        self, tokenizer: Any, records: list[Record], held: list[Record], seed: int
+    ) -> tuple[list[Tree], list[Tree], Texts | None]:
+        """Examples, those for validation, and, of a T5, what draws them anew for every epoch."""
+        context = self.shape.context
+        if self.shape.family == "llama":
+            made = [[t for r in some for t in blocks(tokenizer, r, context)] for some in (records, held)]
+            return made[0], made[1], None
+        sentinel = [
+            i for t, i in sorted(tokenizer.get_added_vocab().items(), key=lambda e: e[1]) if t.startswith(SENTINEL)
+        ]
+        kept = []
+        for some in (records, held):
+            pieces = [(part, r.where) for r in some for part in parts(tokenizer, r, context)]
+            ids, origins = [part for part, _ in pieces], [where for _, where in pieces]
+            kept.append(Texts(ids, origins, sentinel, tokenizer.eos_token_id, seed))
+        train, validation = ([t.tree(i, 0) for i in range(len(t.ids))] for t in kept)
+        return train, validation, kept[0]
 
 
 def texts(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
@@ -100,7 +129,9 @@ def train_tokenizer(corpus: list[str], shape: Shape) -> PreTrainedTokenizerFast:
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    special = ["<pad>", "<bos>", "<eos>"]
+    t5 = shape.family == "t5"
+    marks = [f"{SENTINEL}{k}>" for k in range(sentinels(shape.context))] if t5 else []
+    special = ["<pad>", "<eos>", *marks] if t5 else ["<pad>", "<bos>", "<eos>"]
     bpe.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
@@ -110,15 +141,33 @@ def train_tokenizer(corpus: list[str], shape: Shape) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
+    form, mark = ("$A <eos>", "<eos>") if t5 else ("<bos> $A", "<bos>")
+    bpe.post_processor = processors.TemplateProcessing(single=form, special_tokens=[(mark, 1)])  # type: ignore[assignment]
+    more: dict[str, Any] = {"extra_special_tokens": marks} if t5 else {"bos_token": "<bos>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=shape.context
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", model_max_length=shape.context, **more
     )
 
 
-def fresh(shape: Shape, tokenizer: Any, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights, a function of the seed."""
+def fresh(shape: Shape, tokenizer: Any, seed: int) -> LlamaForCausalLM | T5ForConditionalGeneration:
+    """A Llama or a T5 (1.1, with its embeddings tied) with random weights, a function of the seed."""
     torch.manual_seed(seed)
+    if shape.family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=shape.hidden,
+                d_kv=shape.hidden // shape.heads,
+                d_ff=shape.intermediate or -(-shape.hidden * 8 // 3 // 32) * 32,
+                num_layers=shape.layers,
+                num_heads=shape.heads,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                decoder_start_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
+            )
+        )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
@@ -134,11 +183,16 @@ def fresh(shape: Shape, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def blocks(tokenizer: Any, record: Record, context: int) -> list[Any]:
+def blocks(tokenizer: Any, record: Record, context: int) -> list[Tree]:
     """A text → one sequence, or several of at most `context` tokens where it is longer; the last ends with the end token."""
     ids = [*tokenizer(record.row["text"])["input_ids"], tokenizer.eos_token_id]
-    return [
-        chain(part, [1.0] * len(part), record.where)
-        for k in range(0, len(ids), context)
-        if len(part := ids[k : k + context]) > 1
-    ]
+    return [chain(part, [1.0] * len(part), record.where) for part in _cut(ids, context)]
+
+
+def parts(tokenizer: Any, record: Record, context: int) -> list[list[int]]:
+    """A text → pieces of which spans can be taken out, at most `context` tokens each; without end tokens."""
+    return _cut(tokenizer(record.row["text"], add_special_tokens=False)["input_ids"], context - 1)
+
+
+def _cut(ids: list[int], length: int) -> list[list[int]]:
+    return [part for k in range(0, len(ids), length) if len(part := ids[k : k + length]) > 1]

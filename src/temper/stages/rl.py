@@ -12,7 +12,6 @@ from pydantic import field_validator, model_validator
 
 from temper import hub, rewards
 from temper.advantages import advantages
-from temper.data.chat import Encoder
 from temper.engine import device as devices
 from temper.engine.loop import Loop
 from temper.engine.settings import at_once
@@ -31,7 +30,7 @@ from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
 from temper.stages.seen import note_trained_on
-from temper.stages.sft import format_of
+from temper.stages.sft import encoder_of
 from temper.stages.start import GAP, check_room, check_start, tell_of
 from temper.stages.training import TrainingStage, finish, open_policy, read_split
 from temper.trees import Row
@@ -177,7 +176,9 @@ class Rl(TrainingStage):
                 do="temperature: 1.0",
             )
         changed = [
-            n for n in ("top_k", "top_p", "min_p", "repetition_penalty") if getattr(d, n) != type(d)().__dict__[n]
+            n
+            for n in ("top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
+            if getattr(d, n) != type(d)().__dict__[n]
         ]
         if changed:
             raise RecipeError(
@@ -241,8 +242,7 @@ class Rl(TrainingStage):
     ) -> tuple[Experience, hub.Source, set[int]]:
         """The policy, opened, with what answers prompts and rewards the answers; where it is from; its end tokens."""
         judge = Judge(job, self.classifier, self.toxic_label).checked() if self.classifier else None
-        tokenizer = load.tokenizer(job.model(self.model), trust_remote_code=job.recipe.trust_remote_code)
-        encoder = Encoder(tokenizer, format_of(job, self.data))
+        encoder = encoder_of(job, self.model, self.data)
         ids = encoder.prompts(records)
         prompts = [
             Prompt(r, i, encoder.prompt_text(r.row), encoder.reference_text(r.row))

@@ -16,7 +16,8 @@ from temper.data.chat import Encoded
 from temper.data.formats import answered, split
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError
-from temper.models.scores import Policy, prove
+from temper.models.proof import prove
+from temper.models.scores import Policy
 from temper.rollouts.decoding import Completion
 from temper.stages.couples import Couple
 from temper.stages.sft import tree_of
@@ -36,7 +37,7 @@ def likelihood(
     Args:
         reach: the longest sequence that the model can score; a longer row has 0 nats and 0 tokens.
     """
-    fits = [k for k, e in enumerate(encoded) if len(e.ids) <= reach]
+    fits = [k for k, e in enumerate(encoded) if e.length <= reach]
     trees = [tree_of(encoded[k]) for k in fits]
     nll, tokens = [0.0] * len(encoded), [0] * len(encoded)
     for k, tree, (value,) in zip(fits, trees, _sums(policy, trees, policy, precision, micro_tokens), strict=True):
@@ -162,7 +163,7 @@ def _sums(
     out: list[list[float]] = [[]] * len(trees)
     policy.eval()
     with torch.no_grad(), devices.autocast(policy.device, precision):
-        for row in rows_of(trees, ROW_TOKENS, micro_tokens) if trees else []:
+        for row in rows_of(trees, policy.lane(ROW_TOKENS), micro_tokens) if trees else []:
             sums = torch.zeros(sum(len(t.tips) for t in row.trees), dtype=torch.float64)
             sums.index_add_(0, row.branch, score(row.to(policy.device)).double().cpu())
             for tree, values in zip(row.trees, sums.split([len(t.tips) for t in row.trees]), strict=True):

@@ -13,10 +13,10 @@ from temper.engine.chains import Chains
 from temper.engine.examples import pieces_of
 from temper.engine.loop import Loop
 from temper.engine.settings import Validated
-from temper.errors import DataError
+from temper.errors import DataError, RecipeError
 from temper.job import Job
 from temper.losses import nll
-from temper.models import load
+from temper.models import adapted, load
 from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
@@ -38,32 +38,37 @@ class Sft(TrainingStage, Validated):
 
     data: DataRef = detail(..., "A data stage whose rows are prompt–completion, messages or text.")
     max_length: int | None = detail(None, "Longest example in tokens; null: the model's context.", ge=8)
-    too_long: str = detail(
-        "drop", "What happens to longer ones: drop (counted), cut (counted), or error.", pattern="^(drop|cut|error)$"
+    max_prompt: int | None = detail(
+        None, "Of an encoder–decoder: longest prompt in tokens, end token included; null: the model's context.", ge=2
     )
-
+    max_answer: int | None = detail(None, "Of an encoder–decoder: longest answer in tokens, likewise.", ge=2)
+    too_long: str = detail(
+        "drop",
+        "What happens to longer ones: drop (counted), cut (counted), or error. A prompt that is cut keeps its end token, an "
+        "answer loses it: a model should not learn to stop in the middle.",
+        pattern="^(drop|cut|error)$",
+    )
     samples: int = detail(
         2, "Answers to so many validation prompts, written at each validation.", ge=0, affects_result=False
     )
 
     def run(self, job: Job) -> None:
         records, held = read_split(job, self.data, "train"), read_split(job, self.data, "validation", optional=True)
-        source = job.model(self.model)
-        tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
-        encoder = Encoder(tokenizer, format_of(job, self.data))
+        encoder = encoder_of(job, self.model, self.data)
+        tokenizer = encoder.tokenizer
         encoded, moved = in_chains(encoder, records)
         held_encoded = encoder.encode(held)
         longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
         policy, tokenizer, source, precision = open_policy(job, self, longest)
-        context = load.context(policy.inner) or NO_LIMIT
-        trees, note = fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long, context=context)
-        within = scorable(job, policy, [len(e.ids) for e in held_encoded])
+        trees, note = self._fitted(encoded, policy)
+        within = scorable(job, policy, [e.length for e in held_encoded])
         held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
         note_trained_on(job, records)
         if not is_text(records[0].row):
             job.facts["written_as"] = encoder.description
-        batches = Batches(trees, self.batch_size * self.accumulation, self.row_tokens, self.micro_tokens, job.seed)
-        validation = rows_of(held_trees, self.row_tokens, self.micro_tokens)
+        lane = policy.lane(self.row_tokens)
+        batches = Batches(trees, self.batch_size * self.accumulation, lane, self.micro_tokens, job.seed)
+        validation = rows_of(held_trees, lane, self.micro_tokens)
         sampler, pieces = self._sampler(policy, encoder, held), pieces_of(tokenizer)
         loop = Loop(job, policy, nll, batches, self, precision, validation, sampler, pieces=pieces)
         job.counts["examples"] = len(trees)
@@ -80,6 +85,28 @@ class Sft(TrainingStage, Validated):
         loop.run()
         probe = batches.rows(0)[0]
         finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=probe)
+
+    def _fitted(self, encoded: Chains, policy: Policy) -> tuple[Chains, str]:
+        """The examples that are trained on, and a sentence on the others.
+
+        Raises:
+            RecipeError: a limit that is not of this kind of model.
+        """
+        context = (load.context(policy.inner) or NO_LIMIT) - adapted.virtual(policy.hf)
+        if policy.apart != (self.max_length is None) and (self.max_length or self.max_prompt or self.max_answer):
+            kind = (
+                "an encoder–decoder reads a prompt and writes an answer"
+                if policy.apart
+                else "prompt and answer are one"
+            )
+            raise RecipeError(
+                f"{kind}: {'max_length' if policy.apart else 'max_prompt or max_answer'} is no limit of this model",
+                do="set max_prompt and max_answer" if policy.apart else "set max_length, of both together",
+            )
+        if not policy.apart:
+            return fitted(encoded, min(self.max_length or NO_LIMIT, context), self.too_long, context=context)
+        limits = min(self.max_prompt or NO_LIMIT, context), min(self.max_answer or NO_LIMIT, context)
+        return fitted_apart(encoded, *limits, self.too_long)
 
     def _sampler(
         self, policy: Policy, encoder: Encoder, held: list[Record]
@@ -115,6 +142,13 @@ def format_of(job: Job, ref: str) -> Format:
     while stage.format is None:
         stage = job.recipe.stages[stage.data]
     return stage.format  # type: ignore[no-any-return]
+
+
+def encoder_of(job: Job, model: str, data: str) -> Encoder:
+    """What writes the rows of a data stage out for a model."""
+    source, trust = job.model(model), job.recipe.trust_remote_code
+    apart = load.configuration(source, trust_remote_code=trust).is_encoder_decoder
+    return Encoder(load.tokenizer(source, trust_remote_code=trust), format_of(job, data), apart=apart)
 
 
 def tree_of(example: Encoded) -> Tree:
@@ -168,3 +202,21 @@ def fitted(encoded: Chains, limit: int, too_long: str, *, context: int | None = 
     note = f"{len(long):,} longer than {limit} tokens {'cut' if too_long == 'cut' else 'dropped'}"
     lost = len(encoded) - len(kept)
     return kept, note + (f" ({lost} of them had no answer left)" if too_long == "cut" and lost else "")
+
+
+def fitted_apart(encoded: Chains, prompt: int, answer: int, too_long: str) -> tuple[Chains, str]:
+    """`fitted` for an encoder–decoder, whose prompts and answers have a limit each, in tokens."""
+    prompts = encoded.before
+    answers = encoded.sizes - prompts
+    long = np.flatnonzero((prompts > prompt) | (answers > answer))
+    counted = f"{int((prompts > prompt).sum()):,} prompts longer than {prompt} tokens, {int((answers > answer).sum()):,} answers longer than {answer}"
+    if not len(long):
+        return encoded, "no prompt and no answer too long"
+    if too_long == "error":
+        raise DataError(
+            counted, where=encoded.sequence(int(long[0]))[2], do="too_long: drop or cut, or a larger max_prompt or max_answer"
+        )  # fmt: skip
+    kept = encoded.within_apart(prompt, answer, cut=too_long == "cut")
+    if not len(kept):
+        raise DataError(f"no example fits: {counted}", do="a larger max_prompt or max_answer, or too_long: cut")
+    return kept, f"{counted}: {'cut' if too_long == 'cut' else f'{len(long):,} examples dropped'}"

@@ -13,12 +13,11 @@ from temper.engine import device as devices
 from temper.engine.loop import Loop
 from temper.errors import DataError, TrainingError
 from temper.job import Job
-from temper.models import load
+from temper.models import adapted, load
 from temper.models.reference import Reference
 from temper.models.scores import Policy
 from temper.stages.experience import Experience
 from temper.stages.rollout import Prompt
-from temper.stages.sft import NO_LIMIT
 from temper.stages.training import announce, probe
 from temper.trees import Row
 
@@ -28,11 +27,11 @@ GAP = {"float32": 0.02, "bf16": 0.2, "fp16": 0.2}
 
 def check_room(policy: Policy, prompts: Sequence[Prompt], new_tokens: int) -> None:
     """DataError where a prompt and its answer do not fit into the model's context."""
-    context = load.context(policy.inner) or NO_LIMIT
-    long = [p for p in prompts if len(p.ids) + new_tokens > context]
+    virtual = adapted.virtual(policy.hf)
+    long = [p for p in prompts if not load.has_room(policy.inner, virtual + len(p.ids), new_tokens)]
     if long:
         raise DataError(
-            f"{len(long)} prompts leave no room for {new_tokens} tokens in a context of {context} "
+            f"{len(long)} prompts leave no room for {new_tokens} tokens in a context of {load.context(policy.inner)} "
             f"(the first has {len(long[0].ids)})",
             where=long[0].record.where,
             do="drop: {longer_than: …} with tokenizer: base in the data stage, or smaller decoding.max_new_tokens",

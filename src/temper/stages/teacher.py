@@ -12,7 +12,7 @@ from temper.data.chat import Encoder, Format, asked, check_prompts, plain_prompt
 from temper.engine import device as devices
 from temper.errors import DataError
 from temper.job import Job
-from temper.models import adapters, load
+from temper.models import adapted, adapters, load
 from temper.recipe import ModelRef
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.endpoint import Answer, Endpoint, Prompt
@@ -78,9 +78,9 @@ class Local:
         )
         for notice in notices:
             job.warn(notice)
-        inner: Any = hf.get_base_model() if isinstance(hf, adapters.PeftModel) else hf
-        self.encoder = Encoder(self.tokenizer, form, end_ids=load.end_ids(inner))
-        self.context = load.context(inner) or 10**9
+        inner = adapted.inner(hf)
+        self.encoder = Encoder(self.tokenizer, form, end_ids=load.end_ids(inner), apart=inner.config.is_encoder_decoder)
+        self.inner, self.virtual = inner, adapted.virtual(hf)
         with devices.autocast(self.device, self.precision):
             self.sampler = Sampler(hf, self.tokenizer, end_ids=self.encoder.end_ids, slots=batch_size)
         job.say(f"{ref} answers: {self.sampler.reason}; asked as {self.encoder.description}")
@@ -91,10 +91,10 @@ class Local:
     ) -> list[Answer]:
         prompts = self.encoder.prompts(records)
         for record, prompt in zip(records, prompts, strict=True):
-            if len(prompt) + self.decoding.max_new_tokens > self.context:
+            if not load.has_room(self.inner, self.virtual + len(prompt), self.decoding.max_new_tokens):
                 raise DataError(
                     f"a prompt of {len(prompt)} tokens leaves no room for an answer of {self.decoding.max_new_tokens} "
-                    f"in the context of {self.name} ({self.context})",
+                    f"in the context of {self.name} ({load.context(self.inner)})",
                     where=record.where,
                     do="drop: {longer_than: …} in the data stage, or a smaller decoding.max_new_tokens",
                 )

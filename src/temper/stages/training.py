@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 from peft import PeftModel
+from pydantic import model_validator
 
 from temper import hub
 from temper.data.card import read_rows
@@ -20,9 +21,10 @@ from temper.engine.loop import Loop
 from temper.engine.settings import Training
 from temper.errors import DataError
 from temper.job import Job
-from temper.models import adapters, load
+from temper.models import adapted, adapters, load
 from temper.models.adapters import Adapter
-from temper.models.scores import Policy, check_causal, prove
+from temper.models.proof import check_causal, prove
+from temper.models.scores import Policy
 from temper.recipe import ModelRef, Stage, detail
 from temper.trees import Row, Tree
 from temper.types import Record
@@ -52,6 +54,14 @@ class TrainingStage(Stage, Training):
     seeds: int = detail(
         1, "Train this many times with different seeds; evaluations show the spread.", ge=1, affects_result=False
     )
+
+    @model_validator(mode="after")
+    def _merges(self) -> TrainingStage:
+        if self.merge and self.adapter is not None and self.adapter.virtual:
+            raise ValueError(
+                f"merge folds an adapter into weights, and virtual tokens ({self.adapter.virtual}) are no part of any"
+            )
+        return self
 
 
 def read_split(job: Job, ref: str, split: str, *, optional: bool = False) -> list[Record]:
@@ -91,11 +101,16 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
     )
     for notice in notices:
         job.warn(notice)
+    if n := adapted.virtual(hf):
+        raise load.ModelError(
+            f"{stage.model} has {n} virtual tokens, which are no part of its weights: training cannot go on from it",
+            do="train on what it was trained on, or on an adapter without virtual tokens",
+        )
     if isinstance(hf, PeftModel):  # training goes on from an unmerged adapter: fold it in, and train the next on top
         hf, _ = adapters.merged(hf)
         hf.requires_grad_(True)  # an adapter's base is frozen
     if stage.adapter is not None:
-        hf = adapters.attach(hf, stage.adapter, job.seed)
+        hf = adapters.attach(hf, stage.adapter, job.seed, tokenizer=tokenizer)
         for parameter in hf.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -184,7 +199,9 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
             "no token of any example is trained", do="look at the data's columns and at the chat template"
         )
     first, t = batches.rows(0), loop.training
-    step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens in rows of {t.row_tokens}"
+    lane = loop.policy.lane(t.row_tokens)
+    cut = f"in rows of {lane}" if lane > 1 else "of like length"
+    step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens {cut}"
     data = [*lines, f"tokens: {tokens:,} an epoch, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
     row = max(first, key=lambda r: r.tokens)
     took, memory = probe(loop, [row])
