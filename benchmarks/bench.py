@@ -34,7 +34,7 @@ from contest import Contest, Settings
 
 HERE = Path(__file__).parent
 SAME = {"float32": 1e-4, "bf16": 1e-2}  # how far apart the losses of the same work may be
-MODULES = ["tree_pass", "sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation"]
+MODULES = ["tree_pass", "sft", "dpo", "reward", "grpo", "rollouts", "scoring", "preparation", "t5"]
 
 
 class Worker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,13 +98,13 @@ def test_the_encoder_runs_once_a_prompt() -> None:
 
 
 def test_a_model_that_hears_of_other_lines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding that is seen changes scores: staged by an encoder that is told of none."""
-    real = seq2seq.encoded
+    """Padding that is seen changes scores: staged by telling the encoder of none."""
+    real = seq2seq._laid
 
     def deaf(*given: Any) -> Any:
-        out, mask = real(*given)
-        return out, torch.ones_like(mask)
+        ids, owners, begins = real(*given)
+        return ids, np.where(owners < 0, owners.max(), owners), begins
 
-    monkeypatch.setattr(seq2seq, "encoded", deaf)
+    monkeypatch.setattr(seq2seq, "_laid", deaf)
     with pytest.raises(seq2seq.ModelError, match="differ from answers scored alone"):
         prove(Policy(build("t5")))

@@ -210,6 +210,7 @@ def rows_of(trees: Sequence[Tree], row_tokens: int, micro_tokens: int) -> list[R
     A tree longer than a lane has one of its own length; a lane longer than `micro_tokens` is a row of its own.
     """
     sizes = [len(t) for t in trees]
+    row_tokens = min(row_tokens, micro_tokens)
     lanes = sorted(pack(sizes, row_tokens), key=lambda lane: (-sum(sizes[i] for i in lane), lane))
     rows: list[list[list[int]]] = []
     widths: list[int] = []

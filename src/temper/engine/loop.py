@@ -299,6 +299,8 @@ class Loop:
         checkpoint.read_weights(folder, self.policy)
         checkpoint.read_optimizer(folder, self.optimizer)
         checkpoint.read_follower(folder, self._following())
+        if self.allocation is not None:
+            self.allocation.go_on()
         self.scaler.load_state_dict(state.pop("scaler"))
         self.state = state
         for file in (self.metrics, self.samples, self.hardest):

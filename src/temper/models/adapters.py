@@ -55,7 +55,7 @@ def attach(
         return beneath
     _check_virtual(model, adapter, task)
     try:
-        with _second_time():
+        with _without_warnings():
             part: Any = get_peft_model(model, of_tokens(adapter, model, task))
     except ValueError as error:
         raise ModelError(
@@ -86,10 +86,12 @@ def _check_virtual(model: PreTrainedModel, adapter: Adapter, task: Task) -> None
 
 
 @contextlib.contextmanager
-def _second_time() -> Iterator[None]:
-    """PEFT warns that a model is modified for a second time, which is what is meant here."""
+def _without_warnings() -> Iterator[None]:
+    """PEFT warns that a model is modified for a second time, which is what is meant here, and that AdaLoRA's ranks, which it
+    applies, belong to no layer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys .*lora_E")
         warnings.filterwarnings("ignore", message=".*Already found a `peft_config` attribute")
         yield
 
@@ -110,7 +112,9 @@ def save(
     for part, name in zip(parts, names, strict=True):
         inside = folder if len(parts) == 1 else folder / name
         part.peft_config["default"].base_model_name_or_path = base.name
-        part.save_pretrained(str(inside))
+        with warnings.catch_warnings():  # of a layer that AdaLoRA has left no rank PEFT thinks that shards are missing
+            warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
+            part.save_pretrained(str(inside))
         write_json(inside / "temper.json", note if len(parts) == 1 else note | {"one_of": names})
     if len(parts) > 1:
         write_json(folder / "temper.json", note | {"parts": names})
@@ -134,7 +138,7 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
             wrapped, _ = merged(wrapped)
         note = _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
         try:
-            with _second_time():
+            with _without_warnings():
                 for part in note.get("parts", ["."]):
                     one = PeftModel.from_pretrained(adapted.inner(wrapped), str(Path(folder) / part))
                     wrapped = adapted.over(wrapped, one) if isinstance(wrapped, PeftModel) else one

@@ -81,12 +81,14 @@ class Allocation:
     def follow(self) -> None:
         """After an optimiser step, while the gradients are still there."""
         self.steps_taken += 1
-        step = int(self.steps_taken)
-        if not self.config.rank_pattern and step > 1:  # of a run that goes on
-            self.config.rank_pattern = {n: mask.bool().tolist() for n, mask in self.masks.items()}
-        self.tuner.update_and_allocate(step)
+        self.tuner.update_and_allocate(int(self.steps_taken))
         for name, kept in (self.config.rank_pattern or {}).items():
             self.masks[name] = torch.tensor(kept, dtype=torch.float32)
+
+    def go_on(self) -> None:
+        """Take up what `tensors` were filled with: PEFT has the ranks that are left in its configuration."""
+        if self.steps_taken:
+            self.config.rank_pattern = {n: mask.bool().tolist() for n, mask in self.masks.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What must be remembered from step to step."""

@@ -24,6 +24,7 @@ from temper.trees import Row, rooted, rounded
 Layout = Literal["tree", "padded"]
 CHUNK_LOGITS = 8 * 2**20  # logits made at once, by default 8 M: 32 MiB in float32, whatever the vocabulary
 ON_CARDS = 16  # times as many
+WHOLE = 10**9  # a lane as long as its row
 KEPT = 8  # chunks that a head that is trained may keep for the backward pass; of more each is made again
 
 
@@ -140,8 +141,11 @@ class Policy(nn.Module):
 
     def lane(self, tokens: int) -> int:
         """Tokens of a lane of a row, `tokens` where trees share one. Where each answer has a line of its own, trees of like
-        length should share a row: each then has a lane of its own, and they are sorted by length."""
-        return 1 if self.apart or self.layout == "padded" else tokens
+        length should share a row: each then has a lane of its own, and they are sorted by length. An encoder–decoder's
+        rows are laid out by itself, so trees of all lengths fill one."""
+        if self.layout == "padded":
+            return 1
+        return WHOLE if self.apart else tokens
 
     @property
     def device(self) -> torch.device:

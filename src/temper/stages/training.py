@@ -200,7 +200,7 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
         )
     first, t = batches.rows(0), loop.training
     lane = loop.policy.lane(t.row_tokens)
-    cut = f"in rows of {lane}" if lane > 1 else "of like length"
+    cut = f"in rows of {lane}" if lane == t.row_tokens else "of like length" if lane == 1 else "end to end"
     step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens {cut}"
     data = [*lines, f"tokens: {tokens:,} an epoch, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
     row = max(first, key=lambda r: r.tokens)
