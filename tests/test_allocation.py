@@ -53,7 +53,8 @@ def test_ranks_move_and_the_budget_is_met(smoke_run: Path, tmp_path: Path) -> No
         plain = hf(input_ids=ids).logits
     assert (hf(input_ids=ids).logits - plain).abs().max() > 0.01
     steps = [x for x in lines_of(stage / "metrics.jsonl") if "orthogonality" in x]
-    assert steps[-1]["orthogonality"] != steps[0]["orthogonality"] and steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["orthogonality"] != steps[0]["orthogonality"]
+    assert sum(x["loss"] for x in steps[-6:]) < sum(x["loss"] for x in steps[:6])
 
 
 def test_weights_that_are_kept_have_their_final_ranks(smoke_run: Path, tmp_path: Path) -> None:

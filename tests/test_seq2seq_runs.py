@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 import temper.app
 from staged_runs import lines_of
+from temper.data.card import read_rows
 from temper.errors import RecipeError
 from temper.hub import Source
 from temper.models import adapted, adapters
@@ -127,3 +128,52 @@ def test_limits_of_prompts_and_answers_are_counted(done: Path, tmp_path: Path) -
     assert "prompts longer than 12 tokens" in (stage.parent / "pipeline.log").read_text(encoding="utf-8")
     with pytest.raises(RecipeError, match="max_length is no limit of this model"):
         run(copy, "sft", sft={"max_length": 64})
+
+
+WAYS = {
+    "greedy": {"max_new_tokens": 8},
+    "search": {"max_new_tokens": 8, "beams": 3},
+    "drawn": {"max_new_tokens": 8, "temperature": 0.9, "top_p": 0.8},
+}
+
+
+def test_ways_to_decode_are_compared_as_models_are(done: Path, tmp_path: Path) -> None:
+    """Each way as alone; every model with the others in the same way, and with itself in another."""
+    copy = tmp_path / "lines"
+    shutil.copytree(done, copy / "run")
+    fields = {
+        **RECIPE["stages"]["compare"],
+        "models": ["base", "sft"],
+        "metrics": ["rougeL", "loss"],
+        "reward_model": None,
+    }
+    several = {k: v for k, v in fields.items() if k != "decoding"} | {"decodings": WAYS}
+    alone = [{**fields, "decoding": way} for way in WAYS.values()]
+    stages = {"several": several, **{f"only{k}": one for k, one in enumerate(alone)}}
+    results = read_json(run(copy, *stages, **stages) / "report" / "results.json")["evaluations"]
+    found = results["several"]
+    assert list(found["models"]) == [f"{m}, {w}" for w in WAYS for m in ("base", "sft")]
+    for k, way in enumerate(WAYS):
+        for model in ("base", "sft"):
+            assert found["models"][f"{model}, {way}"] == results[f"only{k}"]["models"][model]
+    pairs = {(c["a"], c["b"]) for c in found["comparisons"]}
+    same = {(f"base, {w}", f"sft, {w}") for w in WAYS}
+    assert pairs == same | {(f"{m}, greedy", f"{m}, {w}") for m in ("base", "sft") for w in ("search", "drawn")}
+    assert found["decoding"]["search"]["beams"] == 3
+    page = (copy / "run" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "sft, search" in page
+    with pytest.raises(RecipeError, match="both given"):
+        run(copy, "several", several={**several, "decoding": {}})
+
+
+def test_rows_are_written_in_every_way(done: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "lines"
+    shutil.copytree(done, copy / "run")
+    fields = {k: v for k, v in RECIPE["stages"]["more"].items() if k != "decoding"}
+    fields |= {"reject": {"unfinished": False, "empty": False}, "splits": ["train"]}
+    stage = run(copy, "ways", ways={**fields, "decodings": WAYS, "tries": 1}) / "ways"
+    rows = [r.row for r in read_rows(stage / "data" / "train.parquet")]
+    assert {r["decoding"] for r in rows} == set(WAYS) and len(rows) == 3 * 8
+    alone = run(copy, "one", one={**fields, "decoding": WAYS["search"], "tries": 1}) / "one"
+    wanted = [r.row["completion"] for r in read_rows(alone / "data" / "train.parquet")]
+    assert [r["completion"] for r in rows if r["decoding"] == "search"] == wanted

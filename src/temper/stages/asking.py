@@ -16,6 +16,7 @@ from temper.data import reject
 from temper.data.reject import Reject
 from temper.errors import DataError
 from temper.job import Job
+from temper.rollouts.decoding import Decoding
 from temper.rollouts.endpoint import Answer
 from temper.runfolder import read_sealed, write_sealed
 from temper.stages.teacher import Teacher
@@ -59,12 +60,14 @@ class Asking:
         tries: int,
         against: Texts | None = None,
         facts: Texts | None = None,
+        way: Decoding | None = None,
     ) -> list[Item]:
         """The outcomes of the rows of chunk k, in their order: read where they were kept, else asked for and kept.
 
         Args:
             prompts: a row's number, which keys what is drawn for it, → what is asked.
             against, facts: texts that the rules compare with (see data/reject.py).
+            way: how to decode; None: as the teacher does.
 
         Raises:
             DataError: so far nothing was accepted, in more than a few rows.
@@ -72,7 +75,7 @@ class Asking:
         file = self.job.dir / "answers" / f"{k:06}.json"
         items = self._kept(file)
         if items is None:
-            items = self._asked(k, prompts, tries, against or {}, facts or {})
+            items = self._asked(k, prompts, tries, against or {}, facts or {}, way)
             write_sealed(file, {"items": items, "warnings": self.job.warnings, "facts": self.job.facts})
         self.done += len(items)
         self.accepted += sum(item["answer"] is not None for item in items)
@@ -98,7 +101,9 @@ class Asking:
         self.job.facts.update(noted["facts"])
         return noted["items"]
 
-    def _asked(self, k: int, prompts: Mapping[int, Record], tries: int, against: Texts, facts: Texts) -> list[Item]:
+    def _asked(
+        self, k: int, prompts: Mapping[int, Record], tries: int, against: Texts, facts: Texts, way: Decoding | None
+    ) -> list[Item]:
         """All rows at once; those rejected are asked again together in the next attempt."""
         items: dict[int, Item] = {n: {"answer": None, "rejected": [], "last": ""} for n in prompts}
         for attempt in range(tries):
@@ -106,7 +111,7 @@ class Asking:
             if not left:
                 break
             with self.job.progress(len(left), f"chunk {k + 1}, attempt {attempt + 1}") as bar:
-                answers = self.teacher().ask([prompts[n] for n in left], left, attempt, bar)
+                answers = self.teacher().ask([prompts[n] for n in left], left, attempt, bar, way)
             pairs = [(against.get(n, ""), facts.get(n, "")) for n in left]
             for n, answer, why in zip(left, answers, self._reasons(answers, pairs), strict=True):
                 items[n]["last"] = answer.text

@@ -34,6 +34,9 @@ TEMPERATURE = 0.8  # a teacher is sampled from: a second try must be able to dif
 NEAR = 0.8  # Jaccard similarity from which a grown row repeats another
 
 
+WAY = "decoding"  # the column that names how a row was decoded
+
+
 @stages.register("generate")
 class Generate(Stage):
     """Rows written anew by a teacher, answers that break the rules rejected and asked for again."""
@@ -69,6 +72,11 @@ class Generate(Stage):
     decoding: Decoding = detail(
         Decoding(temperature=TEMPERATURE), "How answers are decoded; the temperature is 0.8 unless given."
     )
+    decodings: dict[str, Decoding] = detail(
+        {},
+        "Several ways to decode, by name, in place of decoding: every row is written in each, and the new rows have a column "
+        "«decoding» with its name.",
+    )
     tries: int = detail(4, "Times that a row is asked for until an answer is accepted.", ge=1)
     reject: Reject = detail(Reject(), "Which answers are rejected, each with a counted reason.")
     classifier: ClassifierRef | None = detail(None, "The classifier that reject.toxicity_below asks.")
@@ -100,12 +108,15 @@ class Generate(Stage):
         kind, templates = self._kind(), self._templates()
         if strange := [n for n in templates if n not in kind]:
             raise ValueError(f"{', '.join(templates)} do not go together: take out {' and '.join(strange)}")
+        if self.decodings and (self.grow or "decoding" in self.model_fields_set):
+            raise ValueError("decodings takes the place of decoding, and there is no growing by several")
         used = {c for n, t in templates.items() for c in columns(t, n)} | set(self.keep)
         if self.into not in used and not (self.into in kind and self.into not in templates):
             raise ValueError(f"the answers go into «{self.into}», which no template of the new row asks for")
         if (self.classifier is None) != (self.reject.toxicity_below is None):
             raise ValueError("classifier and reject.toxicity_below need each other")
-        if self.decoding.temperature == 0 and self.tries > 1 and self.grow is None:
+        ways = self.decodings.values() or [self.decoding]
+        if any(way.temperature == 0 for way in ways) and self.tries > 1 and self.grow is None:
             raise ValueError("at temperature 0 a second try answers as the first: give tries: 1, or a temperature")
         last = self.instruction[-1:] if isinstance(self.instruction, list) else []
         if any(isinstance(m, dict) and m.get("role") == "assistant" for m in last):
@@ -167,15 +178,22 @@ class Generate(Stage):
                 where=records[0].where,
                 do="on_failure: drop",
             )
+        ways = self.decodings or {"": self.decoding}
+        if self.decodings:
+            rows = [(split, Record(r.row | {WAY: way}, r.where)) for way in ways for split, r in rows]
+            records = [record for _, record in rows]
         prompts = self._prompts(records)
         against, facts = (
             dict(enumerate(fill(records, template or "", f"reject.{name}")))
             for name, template in (("against", self.reject.against), ("lost", self.reject.lost))
         )
         items: list[dict[str, Any]] = []
-        for start in range(0, len(records), self.chunk):
-            asked = {n: prompts[n] for n in range(start, min(start + self.chunk, len(records)))}
-            items += work.chunk(start // self.chunk, asked, self.tries, against, facts)
+        each, made = len(records) // len(ways), 0
+        for k, way in enumerate(ways.values()):
+            for start in range(k * each, (k + 1) * each, self.chunk):
+                asked = {n: prompts[n] for n in range(start, min(start + self.chunk, (k + 1) * each))}
+                items += work.chunk(made, asked, self.tries, against, facts, way=way)
+                made += 1
         new: dict[str, list[Record]] = {split: [] for split, _ in rows}
         dropped: list[tuple[Record, str]] = []
         for (split, record), item in zip(rows, items, strict=True):
@@ -245,7 +263,7 @@ class Generate(Stage):
     def _made(self, records: list[Record]) -> list[Record]:
         """Rows of a dataset type: by the templates, and where there is none for a column, the row's own."""
         own = {n: f"{{{n}}}" for n in self._kind() if n in records[0].row}
-        return formats.apply(records, own | self._templates(), keep=self.keep)
+        return formats.apply(records, own | self._templates(), keep=[*self.keep, *([WAY] if self.decodings else [])])
 
     def _summary(self, described: dict[str, Any], work: Asking) -> str:
         gone = ", ".join(f"{n:,} {reason}" for reason, n in described["dropped"].items()) or "none dropped"

@@ -26,9 +26,14 @@ class Teacher(Protocol):
     """Answers prompts. What it draws is a function of (seed, number, attempt) and the prompt."""
 
     def ask(
-        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None
-    ) -> list[Answer]:
-        """Answers to rows with a prompt, in their order, without white space around them."""
+        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None,
+        way: Decoding | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """Answers to rows with a prompt, in their order, without white space around them.
+
+        Args:
+            way: how to decode; None: as it was told when it was opened.
+        """
         ...
 
 
@@ -46,13 +51,14 @@ class Served:
         return plain_prompt(record.row, self.form) if self.form.chat == "plain" else asked(record.row, self.form)
 
     def ask(
-        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None
-    ) -> list[Answer]:
+        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None,
+        way: Decoding | None = None,
+    ) -> list[Answer]:  # fmt: skip
         check_prompts(records)
         prompts = [self.prompt(r) for r in records]
         before = self.endpoint.troubles.copy()
         found = self.endpoint.answer(
-            prompts, self.decoding, seed=self.seed, step=attempt, numbers=numbers, progress=progress
+            prompts, way or self.decoding, seed=self.seed, step=attempt, numbers=numbers, progress=progress
         )
         if again := self.endpoint.troubles - before:
             what = ", ".join(f"{kind} {n}" for kind, n in again.most_common())
@@ -87,20 +93,21 @@ class Local:
         job.facts.update(precision=self.precision, device=str(self.device), threads=torch.get_num_threads())
 
     def ask(
-        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None
-    ) -> list[Answer]:
-        prompts = self.encoder.prompts(records)
+        self, records: Sequence[Record], numbers: Sequence[int], attempt: int = 0, progress: Progress | None = None,
+        way: Decoding | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        prompts, decoding = self.encoder.prompts(records), way or self.decoding
         for record, prompt in zip(records, prompts, strict=True):
-            if not load.has_room(self.inner, self.virtual + len(prompt), self.decoding.max_new_tokens):
+            if not load.has_room(self.inner, self.virtual + len(prompt), decoding.max_new_tokens):
                 raise DataError(
-                    f"a prompt of {len(prompt)} tokens leaves no room for an answer of {self.decoding.max_new_tokens} "
+                    f"a prompt of {len(prompt)} tokens leaves no room for an answer of {decoding.max_new_tokens} "
                     f"in the context of {self.name} ({load.context(self.inner)})",
                     where=record.where,
                     do="drop: {longer_than: …} in the data stage, or a smaller decoding.max_new_tokens",
                 )
         with devices.autocast(self.device, self.precision):
             found = self.sampler.sample(
-                prompts, self.decoding, seed=self.seed, step=attempt, numbers=numbers, progress=progress
+                prompts, decoding, seed=self.seed, step=attempt, numbers=numbers, progress=progress
             )
         texts = [
             c.text if c.text is not None else self.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in found
