@@ -22,6 +22,7 @@ from temper.metrics import (  # noqa: F401 (each registers its own)
     diversity,
     lexicon,
     likelihood,
+    meteor,
     preference,
     reward,
     rouge,
