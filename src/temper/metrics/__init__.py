@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
 from temper.metrics import (  # noqa: F401 (each registers its own)
+    answers,
     corpus,
     diversity,
     lexicon,
