@@ -174,6 +174,6 @@ def test_rows_are_written_in_every_way(done: Path, tmp_path: Path) -> None:
     stage = run(copy, "ways", ways={**fields, "decodings": WAYS, "tries": 1}) / "ways"
     rows = [r.row for r in read_rows(stage / "data" / "train.parquet")]
     assert {r["decoding"] for r in rows} == set(WAYS) and len(rows) == 3 * 8
-    alone = run(copy, "one", one={**fields, "decoding": WAYS["search"], "tries": 1}) / "one"
+    alone = run(copy, "one", one={**fields, "decoding": {**WAYS["search"], "temperature": 0}, "tries": 1}) / "one"
     wanted = [r.row["completion"] for r in read_rows(alone / "data" / "train.parquet")]
     assert [r["completion"] for r in rows if r["decoding"] == "search"] == wanted

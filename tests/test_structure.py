@@ -50,7 +50,7 @@ NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "val
             "advantages", "metrics", "rewards", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
-LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "nltk", "optuna"}
+LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "sacrebleu", "nltk", "optuna"}
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {"temper", "temper.cli", "temper.fields", "temper.doctor", "temper.terminal"}
 # A type alone, for an annotation: the stage's `run` takes the job that holds the recipe.

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from temper.errors import DataError, RecipeError, TemperError, nearest
+from temper.metrics.corpus import WordOrder, chrf
 from temper.metrics.rouge import Variant, rouge
 from temper.metrics.words import words
 from temper.registry import Registry
@@ -73,8 +74,17 @@ def model(given: Given) -> list[float]:
 @rewards.register("rouge")
 def rouge_f(given: Given, *, variant: Variant = "rougeL", stem: bool = False) -> list[float]:
     """ROUGE F-measure against the row's answer."""
-    out = Outputs(list(given.prompts), list(given.completions), list(given.references), [True] * len(given.rows))
-    return rouge(out, variant=variant, stem=stem)[variant].rows.tolist()  # type: ignore[no-any-return]
+    return rouge(_outputs(given), variant=variant, stem=stem)[variant].rows.tolist()  # type: ignore[no-any-return]
+
+
+@rewards.register("chrf")
+def chrf_f(given: Given, *, word_order: WordOrder = 0) -> list[float]:
+    """chrF against the row's answer, 0 to 1: characters in a row, and words where `word_order` is above 0."""
+    return (chrf(_outputs(given), word_order=word_order)["chrf"].rows / 100).tolist()  # type: ignore[no-any-return]
+
+
+def _outputs(given: Given) -> Outputs:
+    return Outputs(list(given.prompts), list(given.completions), list(given.references), [True] * len(given.rows))
 
 
 @rewards.register("length")

@@ -2,9 +2,9 @@
 
 Adding one is one function in one file of this folder, and its file among the imports here:
 
-    @metrics.register("exact_match")
-    def exact_match(outputs: Outputs, *, strip: bool = True) -> dict[str, Scores]:
-        "Share of predictions equal to their reference."      ← the line that `temper list metrics` prints
+    @metrics.register("shorter")
+    def shorter(outputs: Outputs, *, characters: int = 100) -> dict[str, Scores]:
+        "Share of predictions with fewer characters."      ← the line that `temper list metrics` prints
 
 Keyword-only parameters are its configuration. A recipe asks for metrics as a list of names, each with options or
 without: `[loss, rougeL, {rouge: {variant: [rouge1, rouge2], stem: true}}]`.
@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 
 from temper.errors import DataError, RecipeError
 from temper.metrics import (  # noqa: F401 (each registers its own)
+    answers,
+    corpus,
     diversity,
     lexicon,
     likelihood,
+    meteor,
     preference,
     reward,
     rouge,

@@ -12,9 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from temper.errors import DataError
 from temper.metrics.table import register
-from temper.metrics.words import SIGNATURE, words
+from temper.metrics.words import SIGNATURE, require_words, words
 from temper.types import Outputs, Scores
 
 Variant = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
@@ -48,8 +47,7 @@ def rouge(outputs: Outputs, *, variant: Variant | list[Variant] = ALL, stem: boo
     """
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk and scipy.stats: two seconds
 
-    if not any(words(reference) for reference in outputs.references):
-        raise DataError("no reference has a letter or a digit: ROUGE would be 0 for any answer", do="check the column")
+    require_words(outputs.references, "ROUGE")
     names = _variants(variant=variant, stem=stem)
     scorer = RougeScorer(names, tokenizer=_Words(stem))
     scored = [scorer.score(r, p) for r, p in zip(outputs.references, outputs.predictions, strict=True)]

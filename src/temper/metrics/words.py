@@ -17,7 +17,9 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from temper.errors import DataError
 
 SIGNATURE = "tokens:unicode|case:fold"  # part of the signature of every metric that counts words
 
@@ -28,23 +30,34 @@ _SPACELESS = (
     "\u0e01-\u0e4e\u0e81-\u0ecf\u0edc-\u0edf"  # Thai, Lao
     "\u1000-\u103f\u1050-\u108f\u1780-\u17dd"  # Burmese, Khmer
 )
-_LETTER_APOSTROPHES = "\u02bb\u02bc"
+LETTER_APOSTROPHES = "\u02bb\u02bc"
 _INVISIBLE = re.compile("[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 @functools.cache
 def _pattern() -> re.Pattern[str]:
-    r"""Python's \w is letters and digits without marks; the marks (all in the first two planes) are added here."""
-    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
-    run = rf"[^\W_{_LETTER_APOSTROPHES}{_SPACELESS}]+"
-    return re.compile(rf"(?=\w)[{_SPACELESS}][{marks}]*|(?:{run}[{marks}]*)+")
+    r"""Python's \w is letters and digits without marks; the marks are added here."""
+    run = rf"[^\W_{LETTER_APOSTROPHES}{_SPACELESS}]+"
+    return re.compile(rf"(?=\w)[{_SPACELESS}][{_marks()}]*|(?:{run}[{_marks()}]*)+")
 
 
 @functools.cache
-def _porter() -> Callable[[str], str]:
-    from nltk.stem import porter  # nltk takes a second to import and only stemming needs it
+def _spaceless() -> re.Pattern[str]:
+    return re.compile(rf"[{_SPACELESS}][{_marks()}]*")
 
-    return porter.PorterStemmer().stem
+
+@functools.cache
+def _marks() -> str:
+    """Combining marks, which all lie in the first two planes."""
+    return "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+
+
+@functools.cache
+def porter() -> Callable[[str], str]:
+    """Porter's stemmer of English, nltk's."""
+    from nltk.stem.porter import PorterStemmer  # nltk takes a second to import and only stemming needs it
+
+    return PorterStemmer().stem
 
 
 def words(text: str, *, stem: bool = False) -> list[str]:
@@ -60,12 +73,33 @@ def words(text: str, *, stem: bool = False) -> list[str]:
     >>> words("running foxes", stem=True)
     ['run', 'fox']
     """
-    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text).casefold())
-    found = _pattern().findall(text)
+    found = _pattern().findall(composed(text.casefold()))
     if not stem:
         return found
-    shorten = _porter()
+    shorten = porter()
     return [shorten(word) if len(word) > 3 and word.isascii() else word for word in found]
+
+
+def spaced(text: str) -> str:
+    """The text with a space around each character of scripts written without spaces.
+
+    >>> spaced("東京で 3 дні").split()
+    ['東', '京', 'で', '3', 'дні']
+    """
+    return _spaceless().sub(r" \g<0> ", text)
+
+
+def composed(text: str) -> str:
+    """The text in NFC and without invisible characters, so that it is the same however it was typed."""
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+
+
+def require_words(references: Sequence[str], metric: str) -> None:
+    """DataError where no reference has a word: then a metric would be 0 whatever the model wrote."""
+    if not any(words(reference) for reference in references):
+        raise DataError(
+            f"no reference has a letter or a digit: {metric} would be 0 for any answer", do="check the column"
+        )
 
 
 def ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
