@@ -170,7 +170,7 @@ def test_rows_are_written_in_every_way(done: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lines"
     shutil.copytree(done, copy / "run")
     fields = {k: v for k, v in RECIPE["stages"]["more"].items() if k != "decoding"}
-    fields |= {"reject": {"unfinished": False, "empty": False}, "splits": ["train"]}
+    fields |= {"reject": {"unfinished": False, "empty": False}, "splits": ["train"], "into": "completion"}
     stage = run(copy, "ways", ways={**fields, "decodings": WAYS, "tries": 1}) / "ways"
     rows = [r.row for r in read_rows(stage / "data" / "train.parquet")]
     assert {r["decoding"] for r in rows} == set(WAYS) and len(rows) == 3 * 8
