@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, LlamaTokenizer, T5Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from temper.data.chat import Encoded, Encoder, Format, show
 from temper.errors import DataError, ModelError
@@ -323,3 +323,38 @@ def test_a_text_carried_along_beside_prompt_and_answer_is_not_what_is_trained_on
     assert beside == alone and 0 < alone.trained.count(True) < len(alone.ids)
     assert encoder.reference_text(pair | {"text": "x"}) == "cd"
     assert encoder.prompts([Record(pair | {"text": "x"}, "r:1")]) == encoder.prompts([Record(pair, "r:1")])
+
+
+def test_texts_that_a_tokenizer_cannot_write_are_told() -> None:
+    """T5's pieces hold no Cyrillic: each word is one token that stands for anything. Byte-level pieces know all."""
+    russian = [Record({"prompt": "Назови столицу страны.", "completion": "Это Москва."}, "a:1")]
+    english = [
+        Record(
+            {
+                "prompt": "Name the capital of France, which lies on a river, and say since when.",
+                "completion": "Paris, of Île-de-France.",
+            },
+            "a:1",
+        )
+    ]
+    for name, rows in (("t5", russian), ("gpt2", russian), ("t5", english)):
+        encoder = Encoder(real(name), Format(chat="plain"), apart=name == "t5")
+        encoder.encode(rows)
+        if (name, rows) == ("t5", russian):
+            with pytest.raises(ModelError, match=r"cannot write these texts: \d+% of their tokens are <unk>"):
+                encoder.unknown.told()
+        else:
+            assert encoder.unknown.told() is None
+
+
+def test_a_few_unknown_characters_are_counted() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    made = Tokenizer(WordLevel({"<?>": 0, "</s>": 1, "a": 2, "b": 3}, "<?>"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<?>", eos_token="</s>")
+    encoder = Encoder(tokenizer, Format(chat="plain"))
+    encoder.encode([Record({"prompt": "a b a b a", "completion": "b a b ż"}, "r:1")])
+    assert "1 of 9 tokens" in (encoder.unknown.told() or "")

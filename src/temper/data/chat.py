@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jinja2
 from pydantic import Field
 
-from temper.data.seams import Seams
+from temper.data.seams import Seams, Unknown
 from temper.errors import DataError, ModelError
 from temper.recipe import Config
 from temper.types import Record, Row
@@ -134,6 +134,7 @@ class Encoder:
                 do="set chat: plain in the data stage",
             )
         self.seams = Seams(tokenizer, templated=self.templated)
+        self.unknown = Unknown(tokenizer)
         self.end_ids = set(end_ids) | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
         if not self.end_ids:
             raise ModelError(
@@ -175,7 +176,10 @@ class Encoder:
         """
         check_prompts(records)
         texts = [self.prompt_text(r.row) for r in records]
-        return self._whole(texts) if self.apart else self.seams.ids(texts)
+        found = self._whole(texts) if self.apart else self.seams.ids(texts)
+        for ids in found:
+            self.unknown.count(ids)
+        return found
 
     def _whole(self, texts: list[str], **how: Any) -> list[list[int]]:
         """Texts by themselves, with the special tokens that belong to one."""
@@ -191,13 +195,16 @@ class Encoder:
         for k in range(0, len(records), AT_ONCE):
             some = records[k : k + AT_ONCE]
             if self.apart:
-                yield from self._halves(some)
+                for one in self._halves(some):
+                    self.unknown.count(one.ids[one.prompt_length :])  # prompts have been counted
+                    yield one
                 continue
             written = self._written(some)
             # of each answer the text before it and the text up to its end, one after another
             pieces = [[piece for pair in marks for piece in pair] for _, marks in written]
             wholes, shares = self.seams.shared([text for text, _ in written], pieces)
             for record, ids, edges in zip(some, wholes, shares, strict=True):
+                self.unknown.count(ids)
                 yield self._mark(record, ids, list(zip(edges[::2], edges[1::2], strict=True)))
 
     def _halves(self, records: Sequence[Record]) -> Iterator[Encoded]:

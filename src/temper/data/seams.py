@@ -5,6 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from temper.errors import ModelError
+
+UNWRITABLE = 0.2  # share of unknown tokens at which a run stops
+
+
+class Unknown:
+    """Counts the tokens that stand for whatever a tokenizer does not know."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.token, mark = tokenizer.unk_token, tokenizer.unk_token_id
+        # GPT-2 calls its end token so too
+        self.id = None if mark in (tokenizer.eos_token_id, tokenizer.bos_token_id) else mark
+        self.met, self.lost = 0, 0
+
+    def count(self, ids: list[int]) -> None:
+        if self.id is not None:
+            self.met += len(ids)
+            self.lost += ids.count(self.id)
+
+    def told(self) -> str | None:
+        """A warning where part of the texts so far is lost; None where all is well.
+
+        Raises:
+            ModelError: so much is lost that a model would read and write next to nothing of these texts.
+        """
+        share = self.lost / max(1, self.met)
+        if share > UNWRITABLE:
+            raise ModelError(
+                f"the tokenizer cannot write these texts: {share:.0%} of their tokens are {self.token}, which stands for "
+                "whatever it does not know",
+                do="choose a model whose tokenizer knows the texts' script",
+            )
+        if not self.lost:
+            return None
+        return (
+            f"{self.lost:,} of {self.met:,} tokens ({share:.2g}) are {self.token}: the tokenizer does not know some "
+            "characters, and the model neither reads nor writes them"
+        )
+
 
 class Seams:
     """One tokenizer.

@@ -25,7 +25,7 @@ from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import read_sealed, write_sealed
 from temper.stages import couples, elsewhere, judge, scoring, summary
-from temper.stages.sft import format_of
+from temper.stages.sft import format_of, warn_of_unknown
 from temper.stages.teacher import Served
 from temper.stages.training import settle
 from temper.types import Outputs, Record
@@ -169,6 +169,7 @@ class Answering:
         stage, tokenizer = self.stage, opened.encoder.tokenizer
         hf, new, virtual = opened.policy.inner, decoding.max_new_tokens, adapted.virtual(opened.policy.hf)
         prompts = opened.encoder.prompts(self.records)
+        warn_of_unknown(self.job, opened.encoder)
         for record, prompt in zip(self.records, prompts, strict=True):
             if not load.has_room(hf, virtual + len(prompt), new):
                 raise DataError(

@@ -26,7 +26,7 @@ from temper.stages import anchor, couples
 from temper.stages.comparison import Comparison, Objective
 from temper.stages.couples import Couple
 from temper.stages.seen import note_trained_on
-from temper.stages.sft import NO_LIMIT, encoder_of
+from temper.stages.sft import NO_LIMIT, encoder_of, warn_of_unknown
 from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
 from temper.trees import Row, Tree, rows_of
 from temper.types import Record
@@ -112,6 +112,7 @@ class Preference(TrainingStage, Validated):
         records = {s: read_split(job, self.data, s, optional=s != "train") for s in ("train", "validation")}
         encoder = encoder_of(job, self.model, self.data)
         read = self._read(job, objective, records, encoder)
+        warn_of_unknown(job, encoder)
         policy, tokenizer, source, precision = open_policy(
             job, self, max(c.length for some in read.values() for c in some)
         )

@@ -30,7 +30,7 @@ from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
 from temper.stages.seen import note_trained_on
-from temper.stages.sft import encoder_of
+from temper.stages.sft import encoder_of, warn_of_unknown
 from temper.stages.start import GAP, check_room, check_start, tell_of
 from temper.stages.training import TrainingStage, finish, open_policy, read_split
 from temper.trees import Row
@@ -244,6 +244,7 @@ class Rl(TrainingStage):
         judge = Judge(job, self.classifier, self.toxic_label).checked() if self.classifier else None
         encoder = encoder_of(job, self.model, self.data)
         ids = encoder.prompts(records)
+        warn_of_unknown(job, encoder)
         prompts = [
             Prompt(r, i, encoder.prompt_text(r.row), encoder.reference_text(r.row))
             for r, i in zip(records, ids, strict=True)

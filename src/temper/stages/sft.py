@@ -58,6 +58,7 @@ class Sft(TrainingStage, Validated):
         tokenizer = encoder.tokenizer
         encoded, moved = in_chains(encoder, records)
         held_encoded = encoder.encode(held)
+        warn_of_unknown(job, encoder)
         longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
         policy, tokenizer, source, precision = open_policy(job, self, longest)
         trees, note = self._fitted(encoded, policy)
@@ -149,6 +150,12 @@ def encoder_of(job: Job, model: str, data: str) -> Encoder:
     source, trust = job.model(model), job.recipe.trust_remote_code
     apart = load.configuration(source, trust_remote_code=trust).is_encoder_decoder
     return Encoder(load.tokenizer(source, trust_remote_code=trust), format_of(job, data), apart=apart)
+
+
+def warn_of_unknown(job: Job, encoder: Encoder) -> None:
+    """Tell of characters that the tokenizer does not know; ModelError where they are many."""
+    if text := encoder.unknown.told():
+        job.warn(text)
 
 
 def tree_of(example: Encoded) -> Tree:
