@@ -80,6 +80,8 @@ def model(
         ModelError: missing or unreadable weights, remote code.
     """
     config = configuration(source, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder and attention == "auto" and torch.device(device).type == "cpu":
+        attention = "eager"  # lines are short, and T5 adds its biases to every score: torch's kernel is slower there
     loaded, info, notices = weights(
         AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
         source,
