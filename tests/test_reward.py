@@ -37,7 +37,7 @@ from temper.rewards import Given, compute, read
 from temper.runfolder import read_json
 from temper.stages import pairs
 from temper.stages.reward import accuracy, right_signs
-from temper.trees import rows_of
+from temper.trees import join, rows_of
 from temper.types import Record
 from tiny_models import TREES, VOCABULARY, sharpen
 
@@ -517,3 +517,10 @@ def test_real_tokenizers_end_texts_too(name: str) -> None:
     changed, ends = with_end(tokenizer)
     whole = tokenizer("a good film")["input_ids"]
     assert ends and changed("a good film")["input_ids"] == [*whole, tokenizer.eos_token_id]
+
+
+def test_a_margin_reaches_the_loss() -> None:
+    """The tree of a pair carries it as a column, and a row hands the column to the loss."""
+    row = join([pair([1, 2, 3], [1, 4], margin=0.25), pair([1, 5], [1, 6, 7], margin=1.5)])
+    assert row.extra["margin"].tolist() == [0.25, 1.5]
+    assert not join([pair([1, 2, 3], [1, 4])]).extra
