@@ -8,6 +8,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.activations import NewGELUActivation
 
 from temper.models.products import Halves, added_in_place, own_products, sound
 from temper.models.scores import Policy
@@ -224,3 +226,19 @@ def test_frozen_weights_are_cast_once_until_they_change() -> None:
         with own_products(layer, halves):
             got = layer(x)
     assert torch.equal(got, wanted) and got.dtype == wanted.dtype
+
+
+def test_an_activation_that_is_written_out_is_torchs_own() -> None:
+    """GPT-2's and T5's: values and gradients of the formula in float64, and one operation instead of eight."""
+    written = NewGELUActivation()
+    holder = nn.Sequential(nn.Linear(2, 2), written)
+    x = torch.linspace(-6, 6, 1001, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    wanted = written(exact)
+    (slope,) = torch.autograd.grad(wanted.sum(), exact)
+    with own_products(holder, Halves()), profile(activities=[ProfilerActivity.CPU]) as seen:
+        got = written(x)
+    (mine,) = torch.autograd.grad(got.sum(), x)
+    assert torch.allclose(got.double(), wanted, atol=1e-6) and torch.allclose(mine.double(), slope, atol=1e-5)
+    assert {e.key for e in seen.key_averages()} == {"aten::gelu"}
+    assert "forward" not in vars(written)

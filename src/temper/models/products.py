@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import NewGELUActivation
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative error of a sound product
 
@@ -146,7 +147,8 @@ class Halves:
 @contextlib.contextmanager
 def own_products(model: nn.Module, halves: Halves) -> Iterator[None]:
     """Within, a model on a processor multiplies as this module has it, and so do the gradients after it: linear layers in
-    float32, frozen ones under autocast, PEFT's LoRA layers around linear ones; and embeddings that are trained.
+    float32, frozen ones under autocast, PEFT's LoRA layers around linear ones; and embeddings that are trained. An activation
+    that transformers writes out is torch's own, the same function.
 
     Other layers under autocast are left alone: bfloat16 goes to oneDNN anyway. So are models that compute activations
     again in the backward pass, when this is over, layers whose forward somebody else has replaced, and those within PEFT's
@@ -165,6 +167,8 @@ def own_products(model: nn.Module, halves: Halves) -> Iterator[None]:
                 module.forward = functools.partial(_applied, module, halves)  # type: ignore[method-assign]
             elif type(module) is nn.Embedding and module.weight.requires_grad and _plain(module):
                 module.forward = functools.partial(_found, module)  # type: ignore[method-assign]
+            elif type(module) is NewGELUActivation:  # eight passes over its input, of GPT-2 and T5; here one
+                module.forward = functools.partial(nn.functional.gelu, approximate="tanh")  # type: ignore[method-assign]
             else:
                 continue
             replaced.append(module)
