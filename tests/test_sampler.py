@@ -179,7 +179,7 @@ def test_models_that_a_batch_confuses(kind: str, together: str) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     sharpen(model)
     sampler = Sampler(model, tokenizer(), end_ids=[])
-    assert (sampler.layout, sampler.together) == ("generate", together)
+    assert (sampler.layout, sampler.trust[0]) == ("generate", together)
     asked = prompts(6, 11, 11, 6)
     answers = sampler.sample(asked, SAMPLED)
     for k, prompt in enumerate(asked):
