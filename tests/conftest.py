@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import temper
+import tracked
+from preferred import model_at
 from staged_runs import ENVIRONMENT, Workshop, workshop
 
 RUN = """
@@ -52,6 +55,22 @@ def smoke_run(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
 def tiny_model(smoke_run: Path) -> Path:
     """A folder with a small Llama and its tokenizer, pretrained for a few steps on Ukrainian sentences."""
     return smoke_run / "tiny" / "model"
+
+
+@pytest.fixture(scope="session")
+def words_model(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A folder with a tiny Llama of random weights, and a tokenizer of words."""
+    return once("words-model", lambda path: model_at(path) and None)
+
+
+@pytest.fixture(scope="session")
+def plain_run(once: Callable[[str, Callable[[Path], None]], Path], words_model: Path) -> Path:
+    """A finished run of the recipe in `tracked.py`, without trackers."""
+
+    def build(path: Path) -> None:
+        temper.run(tracked.recipe(path, words_model, []), out=path / "run", quiet=True)
+
+    return once("plain-run", build) / "run"
 
 
 @pytest.fixture(scope="session")

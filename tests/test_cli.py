@@ -108,7 +108,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     print(f"temper --help: {min(times):.3f} s (target 0.6)")
     assert min(times) < 3 * 0.6
     assert ended.code == 0
-    for name in ("run", "plan", "report", "recipes", "new", "explain", "list", "schema", "doctor", "prune"):
+    for name in ("run", "plan", "report", "recipes", "new", "explain", "list", "schema", "doctor", "prune", "track"):
         assert re.search(rf"(?m)^  {name} ", ended.out), name
 
 
@@ -122,7 +122,7 @@ def test_version_and_wrong_flags(temper: Callable[..., Ended]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "plan", "report", "recipes", "new", "explain", "list", "schema", "doctor", "prune"]
+    "command", ["run", "plan", "report", "recipes", "new", "explain", "list", "schema", "doctor", "prune", "track"]
 )
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"])

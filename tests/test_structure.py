@@ -18,15 +18,16 @@ from temper.losses import preference_losses, token_losses, unpaired_losses
 from temper.merging import rules
 from temper.metrics import registry as metrics
 from temper.recipe import stages
+from temper.trackers import trackers
 
 SOURCE = Path(temper.__file__).parent
 
 # Each may import what stands above it, and files of its own folder.
 ORDER = [
-    "errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder",
+    "errors", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder",
     "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "advantages", "merging", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
-    "shapes", "predict", "plan", "report", "app", "fields", "doctor", "cli",
+    "shapes", "predict", "plan", "report", "tracking", "app", "fields", "doctor", "cli",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {
@@ -45,12 +46,15 @@ ONLY = {
     "rollouts": {"errors", "address", "recipe", "models", "trees"},
     "report": {"errors", "statistics", "types"},  # reads run folders alone; nothing that trains calls it
     "terminal": set(),
+    "trackers": {"errors", "overlay", "registry"},  # know no run folder
+    "tracking": {"errors", "job", "overlay", "runfolder", "trackers"},  # reads run folders alone, as the report does
 }
-NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "validation", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
-            "advantages", "metrics", "rewards", "statistics", "report", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
+NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
+            "advantages", "metrics", "rewards", "statistics", "report", "tracking", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
-LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "sacrebleu", "nltk", "optuna"}
+LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "sacrebleu", "nltk", "optuna",
+        "tensorboard", "mlflow", "wandb", "clearml"}  # fmt: skip
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {"temper", "temper.cli", "temper.fields", "temper.doctor", "temper.terminal"}
 # A type alone, for an annotation: the stage's `run` takes the job that holds the recipe.
@@ -182,7 +186,17 @@ def obvious(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize(
     "table",
-    [metrics, optim.optimizers, optim.schedules, rules, token_losses, preference_losses, unpaired_losses, stages],
+    [
+        metrics,
+        optim.optimizers,
+        optim.schedules,
+        rules,
+        token_losses,
+        preference_losses,
+        unpaired_losses,
+        stages,
+        trackers,
+    ],
     ids=lambda t: t.kind,
 )
 def test_registered_things_have_a_sentence_for_the_list(table) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import temper.stages  # noqa: F401  fills the registry of stages
 from temper import pipeline, report
 from temper import recipe as recipes
+from temper.job import Log
 from temper.pipeline import Choice
 from temper.recipe import Recipe
+from temper.tracking.start import Followers
 
 
 def folder_of(recipe: Recipe, out: Path | None) -> Path:
@@ -40,13 +42,21 @@ def execute(
     recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()
 ) -> Path:
     """Run and report; returns the folder. The report is written even when a stage failed, of what there is."""
+    followers = Followers(recipe.trackers, folder, Log(folder / "pipeline.log", quiet=quiet))
+    stopped = False
     with library_warnings_to(folder / "pipeline.log"):
         try:
-            pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command)
+            pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command, begun=followers.start)
+        except BaseException as error:
+            stopped = not isinstance(error, Exception)
+            raise
         finally:
-            if (folder / "manifest.json").is_file():
-                with pipeline.disk_errors(folder):
-                    report.build([folder])
+            try:
+                if (folder / "manifest.json").is_file():
+                    with pipeline.disk_errors(folder):
+                        report.build([folder])
+            finally:
+                followers.finish(stopped=stopped)
     return folder
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from temper.predict import Cost
     from temper.recipe import Recipe
 
-SEVERAL = {"--stages", "--skip", "--force", "--set", "--config"}  # options that take one value or several
+SEVERAL = {"--stages", "--skip", "--force", "--set", "--config", "--to"}  # options that take one value or several
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -317,6 +317,22 @@ def prune(
         for path in aside:
             shutil.rmtree(path)
         typer.echo(f"deleted {len(aside)} folders, {terminal.size(sum(sizes))}")
+
+
+@app.command()
+def track(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[list[str] | None, typer.Option(metavar="NAME …", help="Trackers; by default its recipe's.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C …", help="An option, such as mlflow.url=http://….")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Send a run to trackers. What they have of it is not sent again."""
+    from temper.job import Log
+    from temper.tracking.start import chosen, send
+
+    send(folder, chosen(folder, _names(to), sets or []), Log(None))
 
 
 class _Terminated(BaseException):

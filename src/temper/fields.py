@@ -21,6 +21,7 @@ from temper.registry import Registry
 # What takes options: {NAME: {option: value}}.
 CONFIGURED = {
     "metric", "reward", "algorithm", "advantage", "pair loss", "preference loss", "unpaired loss", "merge rule", "schedule",
+    "tracker",
 }  # fmt: skip
 
 
@@ -214,6 +215,7 @@ def _tables() -> dict[str, Registry[Any]]:
     from temper.losses import pair_losses, policy_losses, preference_losses, token_losses, unpaired_losses
     from temper.merging import rules
     from temper.rewards import rewards
+    from temper.trackers import trackers
 
     return {
         "stages": stages,
@@ -228,6 +230,7 @@ def _tables() -> dict[str, Registry[Any]]:
         "unpaired_losses": unpaired_losses,
         "optimizers": optim.optimizers,
         "schedules": optim.schedules,
+        "trackers": trackers,
     }
 
 

@@ -28,6 +28,7 @@ def manifest(recipe: Recipe, order: list[str], command: Sequence[str]) -> dict[s
         "schema": 1,
         "recipe": recipe.name,
         "profile": recipe.profile,
+        "model": recipe.model,
         "seed": recipe.seed,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": list(command),
@@ -41,6 +42,7 @@ def manifest(recipe: Recipe, order: list[str], command: Sequence[str]) -> dict[s
             {
                 "name": n,
                 "kind": recipe.stages[n].kind,
+                "config": recipe.stages[n].model_dump(mode="json"),
                 "key": None,
                 "cached": False,
                 "status": "pending" if n in order else "skipped",

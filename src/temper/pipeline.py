@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,18 @@ class Choice:
 
 
 def run(
-    recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()
+    recipe: Recipe,
+    folder: Path,
+    *,
+    choice: Choice | None = None,
+    quiet: bool = False,
+    command: Sequence[str] = (),
+    begun: Callable[[], None] = lambda: None,
 ) -> RunFolder:
     """Run the stages that have no result yet. Returns the run folder.
+
+    Args:
+        begun: called once the folder is this run's and holds its manifest.
 
     Raises:
         TemperError: whatever stopped it; all that was finished before stays, and the next start goes on from there.
@@ -119,6 +128,7 @@ def run(
         write_atomic(folder / "recipe.yaml", recipe.dump())
         manifest = manifest_of(recipe, order, command)
         write_json(folder / "manifest.json", manifest)  # a run that is killed leaves one too
+        begun()
         keys: dict[str, str] = {}
         done: dict[str, Result] = {}
         try:
@@ -126,7 +136,7 @@ def run(
                 if entry["status"] == "skipped":
                     continue
                 try:
-                    _stage(recipe, entry, target, keys, done, choice, log)
+                    _stage(recipe, entry, manifest, target, keys, done, choice, log)
                 except BaseException as error:
                     entry["status"], entry["error"] = "failed", str(error) or type(error).__name__
                     raise
@@ -146,6 +156,7 @@ def run(
 def _stage(
     recipe: Recipe,
     entry: dict[str, Any],
+    manifest: dict[str, Any],
     target: RunFolder,
     keys: dict[str, str],
     done: dict[str, Result],
@@ -169,6 +180,7 @@ def _stage(
     inputs = {n: done[n] for n in recipes.dependencies(recipe, name)}
     with disk_errors(target.path):
         partial, unusable = target.begin(name, keys[name])
+        write_json(target.path / "manifest.json", manifest)  # with the key of the work that has begun
         job = Job(recipe, name, partial, inputs, log)
         log(f"── {name} ({job.stage.kind})", "bold")
         for told in (problem, unusable):

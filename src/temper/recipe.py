@@ -24,6 +24,7 @@ from temper import overlay, references
 from temper.errors import RecipeError, nearest
 from temper.overlay import KeyPath
 from temper.registry import Registry
+from temper.trackers import Asked, Entry, asked
 from temper.validation import validated
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Recipe:
     raw: dict[str, Any]
     folder: Path
     description: str = ""
+    trackers: tuple[Asked, ...] = ()
 
     def dump(self) -> str:
         out = io.StringIO()
@@ -147,6 +149,7 @@ class Top(Config):
     device: str = detail("auto", "auto, cpu, cuda, cuda:1 or mps. Not part of any key.")
     threads: int | None = detail(None, "CPU threads of torch; results are bit-equal only at equal numbers of threads.")
     trust_remote_code: bool = detail(False, "Run Python code that comes with a model. Off unless you trust its author.")
+    trackers: list[Entry] = detail([], "Trackers that are shown the run: tensorboard, mlflow, wandb, clearml.")
     stages: dict[str, dict[str, Any]] = Field(description="The stages by name; each has «stage: KIND» and its fields.")
     profiles: dict[str, dict[str, Any]] = detail({}, "Named sets of overrides, merged over the recipe.")
 
@@ -279,11 +282,11 @@ def _built(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: 
     for name, config in top.stages.items():
         at = ("stages", name)
         where = lines.get(at, str(path))
-        if not name.replace("_", "").replace("-", "").isalnum() or name in {"base", "report"}:
+        if not name.replace("_", "").replace("-", "").isalnum() or name in {"base", "report", "trackers"}:
             raise RecipeError(
                 f"«{name}» cannot be the name of a stage",
                 where=where,
-                do="use letters, digits, - and _; «base» and «report» are taken",
+                do="use letters, digits, - and _; «base», «report» and «trackers» are taken",
             )
         if "stage" not in config:
             raise RecipeError(f"stage «{name}» has no «stage:» key", where=where, do="kinds: " + ", ".join(stages))
@@ -292,11 +295,10 @@ def _built(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: 
         stage = validated(kind, values, at, lines, also=("stage",), others=stages)
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
+    kept = ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")
     return Recipe(
-        **{
-            k: getattr(top, k)
-            for k in ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")
-        },
+        **{k: getattr(top, k) for k in kept},
+        trackers=asked(top.trackers, lines, str(path)),
         profile=profile,
         stages=built,
         raw=raw,
