@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from temper.hub import Source
 from temper.models import adapted, adapters
 from temper.pipeline import Choice
 from temper.runfolder import read_json
+from temper.stages.denoise import Texts
 from test_methods import METHODS
 
 QUICK = {"batch_size": 8, "max_steps": 4, "lr": 3e-3, "precision": "float32"}
@@ -177,3 +179,27 @@ def test_rows_are_written_in_every_way(done: Path, tmp_path: Path) -> None:
     alone = run(copy, "one", one={**fields, "decoding": {**WAYS["search"], "temperature": 0}, "tries": 1}) / "one"
     wanted = [r.row["completion"] for r in read_rows(alone / "data" / "train.parquet")]
     assert [r["completion"] for r in rows if r["decoding"] == "search"] == wanted
+
+
+def test_what_a_t5_is_pretrained_on() -> None:
+    """Read and written, put together again, are the text; other spans in the next epoch; or all of it is written."""
+    sentinel, ids = list(range(100, 110)), list(range(10, 50))
+    texts = Texts([ids], ["a:1"], sentinel, 1, seed=0)
+    seen = set()
+    for epoch in range(4):
+        tree = texts.tree(0, epoch)
+        read, written = tree.ids[: tree.root].tolist(), tree.ids[tree.root :].tolist()
+        assert read[-1] == written[-1] == 1 and len(tree.tgt) == len(written)
+        spans = {}
+        for token in written[:-1]:
+            if token in sentinel:
+                spans[token] = []
+            else:
+                spans[next(reversed(spans))].append(token)
+        assert [t for token in read[:-1] for t in spans.get(token, [token])] == ids
+        assert sum(map(len, spans.values())) == 6 and spans[next(reversed(spans))] == []
+        seen.add(tuple(read))
+    assert len(seen) == 4 and texts.tree(0, 2).ids.tolist() == texts.tree(0, 2).ids.tolist()
+    whole = dataclasses.replace(texts, whole=True).tree(0, 1)
+    assert whole.ids[whole.root :].tolist() == [*ids, 1]
+    assert whole.ids[: whole.root].tolist() == texts.tree(0, 1).ids[: whole.root].tolist()

@@ -80,8 +80,7 @@ def model(
         ModelError: missing or unreadable weights, remote code.
     """
     config = configuration(source, trust_remote_code=trust_remote_code)
-    if config.is_encoder_decoder and attention == "auto" and torch.device(device).type == "cpu":
-        attention = "eager"  # lines are short, and T5 adds its biases to every score: torch's kernel is slower there
+    attention = suited(config, attention, device)
     loaded, info, notices = weights(
         AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
         source,
@@ -102,6 +101,13 @@ def model(
         )
     loaded.to(device)  # type: ignore[arg-type]
     return loaded, notices
+
+
+def suited(config: Any, attention: Attention, device: torch.device | str) -> Attention:
+    """What `auto` stands for: of an encoder–decoder on a processor eager, for its lines are short and T5 adds a bias to every
+    score, where torch's kernel is slower; of others transformers' own choice."""
+    short = config.is_encoder_decoder and torch.device(device).type == "cpu"
+    return "eager" if attention == "auto" and short else attention
 
 
 def configuration(source: Source, *, trust_remote_code: bool = False) -> Any:

@@ -1,5 +1,6 @@
 """Span corruption, by which a T5 is pretrained (Raffel et al. 2020, section 3.1.4): of a text 15 % of the tokens are taken
 out in spans of three on average, each replaced by a sentinel; the decoder writes the sentinels, each with what it stands for.
+Or it writes the whole text (section 3.3.1, «BERT-style»): then it also learns to copy, which filling gaps hardly teaches.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ class Texts:
     sentinel: Sequence[int]
     end: int
     seed: int
+    whole: bool = False  # the decoder writes all of the text
 
     def tree(self, i: int, epoch: int) -> Tree:
         draw = np.random.default_rng([self.seed, epoch, i])
         read, written = corrupted(self.ids[i], self.sentinel, self.end, draw)
+        if self.whole:
+            written = [*self.ids[i], self.end]
         return chain([*read, *written], [0.0] * len(read) + [1.0] * len(written), self.origins[i])
 
 

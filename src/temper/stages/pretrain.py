@@ -56,6 +56,11 @@ class Pretrain(Stage, Validated):
 
     data: DataRef = detail(..., "A data stage whose rows have a column «text».")
     shape: Shape = detail(Shape(), "Size of the model and of its tokenizer.")
+    writes: Literal["spans", "text"] = detail(
+        "spans",
+        "Of a t5, whose encoder reads texts with spans taken out: the decoder writes these, or the whole text, by which it "
+        "learns to copy sooner.",
+    )
     lr: float = detail(2e-3, "Peak learning rate.", gt=0)
     weight_decay: float = detail(0.05, "Decoupled weight decay of matrices.", ge=0)
 
@@ -72,6 +77,8 @@ class Pretrain(Stage, Validated):
         device = devices.setup(job.recipe.device, job.recipe.threads)
         precision = devices.precision(self.precision, device)
         policy = Policy(fresh(self.shape, tokenizer, job.seed).to(device))  # type: ignore[arg-type]
+        if (attention := load.suited(policy.inner.config, "auto", device)) != "auto":
+            policy.inner.set_attn_implementation(attention)
         if self.activation_checkpointing:
             policy.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         held = texts(job, self.data, "validation", optional=True)
@@ -107,7 +114,7 @@ class Pretrain(Stage, Validated):
         for some in (records, held):
             pieces = [(part, r.where) for r in some for part in parts(tokenizer, r, context)]
             ids, origins = [part for part, _ in pieces], [where for _, where in pieces]
-            kept.append(Texts(ids, origins, sentinel, tokenizer.eos_token_id, seed))
+            kept.append(Texts(ids, origins, sentinel, tokenizer.eos_token_id, seed, self.writes == "text"))
         train, validation = ([t.tree(i, 0) for i in range(len(t.ids))] for t in kept)
         return train, validation, kept[0]
 
