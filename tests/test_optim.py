@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -132,6 +133,22 @@ def test_adamw_by_hand() -> None:
 def test_sgd_by_hand() -> None:
     found = one("sgd", [1.0], [[0.5], [2.0]], 0.1, 0.0)
     assert [w for (w,) in found] == pytest.approx([0.95, 0.75])
+
+
+def test_adafactor_by_hand() -> None:
+    """Shazeer and Stern 2018, algorithm 4: of a matrix of one row the factored second moment is that of each column."""
+    value, slopes, lr = [1.0, -2.0], [[0.5, 4.0], [-0.25, 2.0], [1.0, -1.0]], 0.1
+    w, row, columns, expected = np.array(value), 0.0, np.zeros(2), []
+    for t, slope in enumerate(np.array(slopes), 1):
+        kept = 1 - t**-0.8
+        row = kept * row + (1 - kept) * (slope**2).mean()
+        columns = kept * columns + (1 - kept) * slope**2
+        update = slope / np.sqrt(columns * row / row)
+        update /= max(1.0, np.sqrt((update**2).mean()))
+        w = w - min(lr, t**-0.5) * max(1e-3, np.sqrt((w**2).mean())) * update
+        expected.append(w.tolist())
+    for got, want in zip(one("adafactor", value, slopes, lr, 0.0), expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-6)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -94,6 +94,16 @@ def test_sft_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Pa
     assert die_at_each(forks, moments, start, unkilled, **how) >= 0.9 * len(moments) > 20
 
 
+def test_adafactor_dies_and_goes_on(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
+    """Its factored moments are part of a checkpoint as others are."""
+    start = started(smoke_run, tmp_path, "corpus", "tiny", "news")
+    settings = {**SFT, "optimizer": "adafactor", "lr": 0.02, "max_steps": 9}
+    how: dict[str, Any] = {"overrides": {"stages": {"sft": settings}}, "only": ["sft"]}
+    unkilled = start("unkilled")
+    moments = [m for m in reference(forks, unkilled, **how) if "step-" in m]
+    assert die_at_each(forks, moments[:: max(1, len(moments) // 3)], start, unkilled, **how) >= 2
+
+
 def test_a_killed_run_goes_on_with_fewer_tokens_at_a_time(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """As after the end of the memory: from its checkpoint, to the same losses but for rounding."""
     start = started(smoke_run, tmp_path, "corpus", "tiny", "news", "sft")

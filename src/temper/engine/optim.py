@@ -31,6 +31,16 @@ def sgd(groups: Any, *, momentum: float = 0.0) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=momentum)
 
 
+@optimizers.register("adafactor")
+def adafactor(groups: Any, *, d: float = 1.0, beta2_decay: float = -0.8) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern 2018): steps in proportion to each matrix, whose second moments are kept by rows and columns.
+
+    T5's own: its matrices differ in size a hundredfold, and a step that suits one of them is too small or too large for
+    another. The rate is relative: 0.01 to 0.03 where a whole model is trained.
+    """
+    return torch.optim.Adafactor(groups, d=d, beta2_decay=beta2_decay)
+
+
 @optimizers.register("adamw_8bit")
 def adamw_8bit(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2022); needs the extra `bnb`."""

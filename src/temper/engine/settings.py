@@ -37,7 +37,7 @@ class Training(Config):
     row_tokens: int = detail(256, "Examples are packed into rows of this many tokens; a longer one has its own.", ge=16)
     micro_tokens: int = at_once(2048)
     lr: float = detail(1e-4, "Peak learning rate.", gt=0)
-    optimizer: str = detail("adamw", "adamw, sgd, or adamw_8bit (extra bnb).")
+    optimizer: str = detail("adamw", "adamw, sgd, adafactor, or adamw_8bit (extra bnb).")
     schedule: str | dict[str, Any] = detail(
         "cosine", "cosine, linear, constant, wsd or plateau, or {name: {option: value}}; see `temper list schedules`."
     )
