@@ -23,6 +23,7 @@ from staged_runs import lines_of, weights
 from temper import cli
 from temper.job import Log
 from temper.trackers import Asked
+from temper.tracking.follow import REST
 from temper.tracking.memory import Memory
 from temper.tracking.start import Followers
 from tracked import ByHand, logged, recipe
@@ -205,3 +206,24 @@ def test_a_tracker_that_fails_changes_nothing(
     assert "Traceback" not in out and out.splitlines()[-1].startswith("report: ")
     points = sum(map(len, logged(tmp_path / "run").values()))
     assert f"mlflow lacks {points:,} points, " in told
+
+
+def test_a_silent_server_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped waits a moment; a process whose run was killed ends by itself when its time is over."""
+    monkeypatch.setattr("temper.tracking.start.STOPPED", 1.0)
+    run = ByHand(tmp_path / "run")
+    run.log(1)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(50)
+        one = asked(f"http://127.0.0.1:{mute.getsockname()[1]}", wait=1)
+        followers = Followers([one], run.path, Log(None, quiet=True))
+        followers.start()
+        process = followers.processes["mlflow"][0]
+        began = time.monotonic()
+        assert not followers.finish(stopped=True)
+        assert time.monotonic() - began < 5 and process.returncode == -signal.SIGKILL
+        followers.start()
+        process, pipe = followers.processes["mlflow"]
+        os.close(pipe)  # as the system does for a process that is killed
+        assert process.wait(timeout=30) == REST

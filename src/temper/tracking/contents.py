@@ -122,7 +122,7 @@ class Contents:
             models: which models are wanted: best, all or none.
             final: the run has ended; its report and models are there.
         """
-        for item in self._all(models, final):
+        for item in self._all(sent, models, final):
             if sent.get(item.mark) != item.state:
                 yield item
         for stage in self.stages:
@@ -136,14 +136,14 @@ class Contents:
             if held:
                 yield Item("points", (held,), "", "")
 
-    def _all(self, models: str, final: bool) -> Iterator[Item]:
+    def _all(self, sent: Mapping[str, str], models: str, final: bool) -> Iterator[Item]:
         settings, about = self.settings(), self.about()
         yield Item("settings", (settings,), "settings", digest(settings))
         yield Item("about", (about,), "about", digest({k: v for k, v in about.items() if k not in CHANGING}))
         yield from self._files("recipe.yaml")
         for stage in self.stages:
             if stage.info:
-                yield from self._finished_stage(stage)
+                yield from self._finished_stage(stage, sent)
         if final:
             state = digest([self.keys, self.outcome])
             for name in ("report/index.html", "report/report.md", "report/results.json", "manifest.json"):
@@ -158,12 +158,14 @@ class Contents:
             if (self.folder / name).is_file():
                 yield Item("file", (self.folder / name, name), name, file_sha256(self.folder / name))
 
-    def _finished_stage(self, stage: Found) -> Iterator[Item]:
+    def _finished_stage(self, stage: Found, sent: Mapping[str, str]) -> Iterator[Item]:
+        """What a stage ended with; files of what was sent are not read again at every look."""
         assert stage.info
-        costs = {f"cost/{stage.name}/{k}": stage.info.get(k) for k in COSTS}
-        scores = costs | _scores(stage.name, _json(stage.path / "evaluation.json"))
-        yield Item("scores", ({k: v for k, v in scores.items() if finite(v)},), f"{stage.name}/scores", stage.key)
-        samples = _lines(stage.path / "samples.jsonl")
+        if sent.get(f"{stage.name}/scores") != stage.key:
+            costs = {f"cost/{stage.name}/{k}": stage.info.get(k) for k in COSTS}
+            scores = costs | _scores(stage.name, _json(stage.path / "evaluation.json"))
+            yield Item("scores", ({k: v for k, v in scores.items() if finite(v)},), f"{stage.name}/scores", stage.key)
+        samples = _lines(stage.path / "samples.jsonl") if sent.get(f"{stage.name}/samples") != stage.key else []
         if samples:
             last = [line for line in samples if line.get("step") == samples[-1].get("step")]
             yield Item("table", (f"{stage.name}/samples", last), f"{stage.name}/samples", stage.key)

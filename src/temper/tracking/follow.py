@@ -108,13 +108,13 @@ class Sender:
 
 
 def said(error: BaseException) -> str:
-    """An error on one line, and what was at its root: «…: connection refused» is the end of a long story."""
+    """What was at an error's root, and the error itself: «Connection refused» is the end of a long story."""
     root = error
     while root.__cause__ or root.__context__:
         root = root.__cause__ or root.__context__ or root
-    texts = [" ".join(str(e).split()) or type(e).__name__ for e in (error, root)]
-    cut = [text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for text in dict.fromkeys(texts)]
-    return " ← ".join(cut)
+    texts = dict.fromkeys(" ".join(str(e).split()) or type(e).__name__ for e in (root, error))
+    first, *rest = (text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for text in texts)
+    return f"{first} ({rest[0]})" if rest else first
 
 
 def patience(folder: Path, options: Mapping[str, Any]) -> float | None:

@@ -28,7 +28,6 @@ class Sent:
     marks: dict[str, str] = dataclasses.field(default_factory=dict)  # of each item → its state
     steps: dict[str, int] = dataclasses.field(default_factory=dict)  # series → its last step
     points: int = 0
-    files: int = 0
     outcome: str | None = None  # that the tracker was told
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # the tracker's own
 
@@ -43,7 +42,6 @@ class Sent:
             self.points += len(item.args[0])
         else:
             self.marks[item.mark] = item.state
-            self.files += item.what == "file"
 
 
 class Memory:

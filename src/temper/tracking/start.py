@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ class Followers:
         if code == ALL:
             if memory.runs:
                 sent = memory.runs[-1]
-                self.log(f"{one.name}: {sent.points:,} points and {sent.files} files are at {sent.url}")
+                self.log(f"{one.name} has all of it ({sent.points:,} points): {sent.url}")
             return
         if code == BUSY:
             why = "another process is sending this run to it"
@@ -124,7 +125,9 @@ class Followers:
         return " and ".join([", ".join(counted[:-1]), counted[-1]] if counted[1:] else counted) or "how the run ended"
 
     def _later(self, one: Asked) -> str:
-        return f"The run folder has everything; to send it: temper track {self.folder} --to {one.name}"
+        return (
+            f"The run folder has everything; to send it: temper track {shlex.quote(str(self.folder))} --to {one.name}"
+        )
 
 
 def _ended(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
