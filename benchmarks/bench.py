@@ -144,15 +144,17 @@ def _precision(contest: Contest) -> str:
 def machine(threads: int, peaks: dict[str, float]) -> dict[str, Any]:
     names = ("torch", "transformers", "peft", "trl")
     return {
-        "processor": _processor(), "threads": threads, "cores": psutil.cpu_count(logical=False),
+        "processor": _processor("model name") or platform.processor(),
+        "model": "-".join(filter(None, (_processor("cpu family"), _processor("model")))), "threads": threads, "cores": psutil.cpu_count(logical=False),
         "memory_gb": round(psutil.virtual_memory().total / 2**30), "python": platform.python_version(),
         "versions": {n: version(n) for n in names}, "peak_gflops": {k: round(v / 1e9) for k, v in peaks.items()},
     }  # fmt: skip
 
 
-def _processor() -> str:
+def _processor(field: str) -> str:
+    """What Linux says of the first core. A name alone may stand for several generations, one twice as fast as the other."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return next((x.split(":")[1].strip() for x in lines if x.split(":")[0].strip() == field), "")
 
 
 def main() -> None:
@@ -186,7 +188,7 @@ def main() -> None:
 
 def name_of(facts: dict[str, Any]) -> str:
     kind = "".join(c if c.isalnum() else "-" for c in facts["processor"].lower()).strip("-")
-    return f"{kind}-{facts['threads']}-threads"
+    return "-".join(filter(None, (kind, facts["model"], f"{facts['threads']}-threads")))
 
 
 def write(file: Path, facts: dict[str, Any], found: dict[str, Any], order: list[tuple[str, str]]) -> None:

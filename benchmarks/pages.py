@@ -26,7 +26,7 @@ def contests(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     peak = machine["peak_gflops"]
     out = [
-        f"**{machine['processor']}, {machine['threads']} threads**, {versions}; peak in products of matrices {peak['float32']} "
+        f"**{machine['processor']}{f' ({m})' if (m := machine.get('model')) else ''}, {machine['threads']} threads**, {versions}; peak in products of matrices {peak['float32']} "
         f"GFLOP/s in float32, {peak['bf16']} in bf16.",
         "",
         "| workload | against | times as fast (range) | asked | memory | share of peak | useful tokens/s | losses differ by |",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.activations import NewGELUActivation
 
-from temper.models.products import Halves, added_in_place, own_products, sound
+from temper.engine import device
+from temper.models import products
+from temper.models.products import Halves, added_in_place, own_products, sent, sound
 from temper.models.scores import Policy
 from temper.rollouts.products import packed_linears
 from temper.trees import rounded
@@ -34,6 +37,53 @@ def test_values_and_gradients_are_those_of_float64(inputs: int, outputs: int, bi
     wanted = torch.autograd.grad(exact(y), [y, *exact.parameters()], slope.double())
     for a, b in zip([got, *found], [exact(y), *wanted], strict=True):
         assert a.dtype == torch.float32 and float(((a - b).norm() / b.norm()).detach()) < 2e-6
+
+
+@pytest.fixture
+def mkl() -> Iterator[None]:
+    """The process as torch has it, and afterwards as it was."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_products_sent_to_either_library_are_those_of_float64(wanted: bool, mkl: None) -> None:
+    torch.manual_seed(0)
+    a, b, into = torch.randn(3, 1600, 96), torch.randn(3, 1600, 512), torch.randn(96, 512)
+    exact = a.double().transpose(1, 2) @ b.double()
+    with sent(wanted):
+        assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == (wanted and products.exact())
+        found = a.transpose(1, 2) @ b
+        added = into.clone().addmm_(a[0].t(), b[0])
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert far(found, exact) < 2e-6 and far(added, into.double() + exact[0]) < 2e-6
+
+
+def test_where_products_would_be_rounded_they_stay_torchs(mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX: the setting that sends them to oneDNN is leave to compute in bfloat16."""
+    monkeypatch.setattr(products, "exact", lambda: False)
+    device.setup("cpu", None)
+    with sent(True):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    monkeypatch.undo()
+    device.setup("cpu", None)
+    assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == products.exact()
+
+
+def test_rounded_products_are_found_out(mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.Tensor.__matmul__
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        exact = torch.backends.mkldnn.matmul.fp32_precision == "none" or a.dtype != torch.float32
+        return real(a, b) if exact else real(a.bfloat16(), b.bfloat16()).float()
+
+    products.exact.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products.exact()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    products.exact.cache_clear()
 
 
 def test_frozen_weights_have_no_gradient_and_nothing_is_kept_for_them() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from temper.errors import ModelError, RecipeError
+from temper.models import products
 
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +28,7 @@ def setup(wanted: str, threads: int | None) -> torch.device:
     # a gigabyte and more beside a model of 40 million parameters, and no time saved over these
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
+    products.by_onednn(True)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over all memory
     if wanted == "auto":

@@ -1,8 +1,9 @@
 """Products with the weights of linear layers on processors: by oneDNN, and LoRA's update within the product it belongs to.
 
-The same sums as torch's own and PEFT's. In float32, which torch leaves to MKL, oneDNN is 5 to 15 % faster on two cores of
-an EPYC with AVX-512 in the shapes of a step. What decides is whether the products are right on this machine, not how fast
-they are, so that a run that is resumed computes as before.
+The same sums as torch's own and PEFT's. In float32, which torch leaves to MKL, oneDNN is 5 to 15 % faster in the shapes of a
+step where a processor computes 256 bits at a time (Zen 4), and twice as fast where it computes 512 (Zen 5), of which MKL
+uses half. What decides is whether the products are right on this machine, not how fast they are, so that a run that is
+resumed computes as before.
 """
 
 from __future__ import annotations
@@ -38,8 +39,58 @@ def added_in_place() -> Iterator[None]:
         _in_place = False
 
 
+def by_onednn(wanted: bool) -> bool:
+    """Send torch's own products of two float32 matrices to oneDNN, or to MKL; where they were sent before.
+
+    Few and large shapes gain; for each shape that is new oneDNN makes a kernel, half a millisecond. On a machine where the
+    products would be less than exact (AMX computes them in bfloat16) nothing changes.
+    """
+    try:
+        setting: Any = torch.backends.mkldnn.matmul
+        before = setting.fp32_precision == "bf16"
+        if before != wanted and (not wanted or exact()):
+            setting.fp32_precision = "bf16" if wanted else "none"
+    except (AttributeError, RuntimeError):  # a torch without the setting, or without oneDNN
+        return False
+    return before
+
+
+@functools.cache
+def exact() -> bool:
+    """Whether float32 products of matrices are as exact by oneDNN as they should be: float64 says so."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    setting: Any = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    generator = torch.Generator().manual_seed(0)
+    try:
+        setting.fp32_precision = "bf16"
+        for rows, inner, columns in ((256, 300, 128), (64, 512, 256), (512, 64, 8)):
+            a, b = (torch.randn(2, *shape, generator=generator) for shape in ((inner, rows), (inner, columns)))
+            wanted = a.double().transpose(1, 2) @ b.double()
+            added = torch.ones(rows, columns).addmm_(a[0].t(), b[0])
+            for got, right in ((a.transpose(1, 2) @ b, wanted), (added, wanted[0] + 1)):
+                if float((got - right).norm() / right.norm()) > DTYPES[torch.float32]:
+                    return False
+    except RuntimeError:
+        return False
+    finally:
+        setting.fp32_precision = before
+    return True
+
+
+@contextlib.contextmanager
+def sent(wanted: bool) -> Iterator[None]:
+    """Within, products of two float32 matrices go to oneDNN if `wanted`, else to MKL."""
+    before = by_onednn(wanted)
+    try:
+        yield
+    finally:
+        by_onednn(before)
+
+
 class _Linear(torch.autograd.Function):
-    """x·Wᵀ + b. The gradient of the weights is torch's own: of two transposed factors oneDNN is the slower."""
+    """x·Wᵀ + b."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -28,10 +28,11 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from temper.models import flex
+from temper.models import flex, products
 from temper.trees import Row, rounded
 
 LEAST = 128  # tokens: shorter trees share a segment
+LARGE = 192  # keys from which on a kernel of oneDNN is worth making, though lengths vary
 KEPT = 512  # tokens of a segment up to which the probabilities are kept for the backward pass
 BLOCK = 224  # queries that are given their keys at once; a rest of less than half of it joins the block before
 SMALL = 128  # the same where probabilities are kept
@@ -156,18 +157,21 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):  # it would round the scores to half precision
-            scores = torch.baddbmm(mask.expand(len(q), -1, -1), q.float(), k.float().transpose(1, 2), alpha=scale)
-            seen = scores.softmax(-1).to(q.dtype)
-            ctx.save_for_backward(q, k, v, seen)
-            ctx.scale = scale
-            return seen @ v
+            ctx.large = k.shape[1] >= LARGE
+            with products.sent(ctx.large):
+                scores = torch.baddbmm(mask.expand(len(q), -1, -1), q.float(), k.float().transpose(1, 2), alpha=scale)
+                seen = scores.softmax(-1).to(q.dtype)
+                ctx.save_for_backward(q, k, v, seen)
+                ctx.scale = scale
+                return seen @ v
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (q, k, v, seen), (grad,) = ctx.saved_tensors, gradients
-        slopes = torch.ops.aten._softmax_backward_data.default(grad @ v.transpose(1, 2), seen, -1, q.dtype)
-        of_q, of_k = ctx.scale * (slopes @ k), ctx.scale * (slopes.transpose(1, 2) @ q)
-        return of_q, of_k, seen.transpose(1, 2) @ grad, None, None
+        with products.sent(ctx.large):
+            slopes = torch.ops.aten._softmax_backward_data.default(grad @ v.transpose(1, 2), seen, -1, q.dtype)
+            of_q, of_k = ctx.scale * (slopes @ k), ctx.scale * (slopes.transpose(1, 2) @ q)
+            return of_q, of_k, seen.transpose(1, 2) @ grad, None, None
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
