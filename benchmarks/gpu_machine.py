@@ -114,7 +114,7 @@ def machine(device: torch.device, peaks: dict[str, float]) -> dict[str, Any]:
     cuda = device.type == "cuda"
     names = ("torch", "transformers", "peft", "trl", "triton", "flash_attn")
     return {
-        "processor": torch.cuda.get_device_name(device) if cuda else bench._processor(),
+        "processor": torch.cuda.get_device_name(device) if cuda else bench._processor("model name"),
         "capability": list(torch.cuda.get_device_capability(device)) if cuda else None, "python": platform.python_version(),
         "versions": {n: of(n) for n in names}, "peak_gflops": {k: round(v / 1e9) for k, v in peaks.items()},
         "left_out": {}, "failed": {},

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.claims
 
-MINUTES = {"detox-summarization": 5, "review-sentiment": 6, "preference": 5}
+MINUTES = {"detox-summarization": 5, "review-sentiment": 6, "preference": 5, "instruct-t5": 6}
 
 
 def temper(*words: str, cwd: Path) -> tuple[str, float]:
@@ -115,3 +115,18 @@ def test_preference(folder: Path) -> None:
     )
     for name, scores in compared["models"].items():
         print(name, {metric: scores[metric]["value"] for metric in ("loss", "preference_accuracy", "margin", "rougeL")})
+
+
+def test_instruct_t5(folder: Path) -> None:
+    """LoRA with virtual tokens above the base, and no worse than the better of the two alone, on rougeL."""
+    results = run_twice("instruct-t5", folder)
+    models = results["evaluations"]["compare"]["models"]
+    assert list(models) == ["base", "prompt", "lora", "lora_prompt"]
+    for name, scores in models.items():
+        print(name, {m: scores[m]["value"] for m in ("rougeL", "exact_match", "token_f1", "bleu", "meteor")})
+    found = comparisons(results)
+    gain, beside = found["rougeL", "base", "lora_prompt"], found["rougeL", "lora", "lora_prompt"]
+    print(f"lora_prompt − base {gain}\nlora_prompt − lora {beside}")
+    assert gain["low"] > 0 and gain["p_adjusted"] < 0.05
+    assert models["lora"]["rougeL"]["value"] >= models["prompt"]["rougeL"]["value"], "the better of the two alone is lora"
+    assert beside["low"] > -0.01

@@ -23,6 +23,7 @@ from temper.data.mini import (
     review_frames_b,
     review_words,
     reviews,
+    stories,
 )
 from temper.data.mini.draw import Draw, Num, euphony, plural
 from temper.errors import DataError
@@ -412,3 +413,50 @@ def test_what_cannot_be_had_is_said():
         mini.load("en-review")
     with pytest.raises(DataError, match="-1 rows"):
         mini.load("uk-news", rows=-1)
+
+
+def test_answers_about_stories_stand_in_them(sets):
+    """Each answer is the one that the instruction asks for, found again in the story by other means."""
+    kinds = Counter()
+    for row in sets["ru-instructions"]:
+        story = row["input"].lower()
+        told = [s.strip() for s in story.rstrip(".").split(".")]
+        assert 2 <= len(told) <= 3 and row["text"] == f"{row['instruction']}\n{row['input']}\n{row['output']}"
+        if row["instruction"] in stories.EVERYBODY:
+            names = row["output"].split(", ")
+            assert len(names) == len(told) and all(n.lower() in s for n, s in zip(names, told, strict=True))
+            kinds["everybody"] += 1
+        elif row["instruction"] in stories.SHORTER:
+            parts = row["output"].lower().split(", ")
+            assert all(set(p.split()) < set(s.split()) for p, s in zip(parts, told, strict=True))
+            assert not any(time in row["output"].lower() for time in stories.TIMES)
+            kinds["shorter"] += 1
+        else:
+            [said] = [s for s in told if row["output"].lower() in s and f"{s}." == row["full_output"].lower()]
+            asked = set(words_of(row["instruction"])) & set(words_of(said))
+            assert asked and not asked & set(words_of(row["output"])), "what is asked for is not told"
+            kinds["one"] += 1
+    assert all(abs(kinds[k] / ROWS - share) < 0.04 for k, share in {"everybody": 0.1, "shorter": 0.1, "one": 0.8}.items())
+
+
+def test_lessons_have_other_wordings_than_instructions(sets):
+    """What a base has learnt: no instruction among it, and mostly whole sentences."""
+    lessons, brief = sets["ru-lessons"], 0
+    asked = {row["instruction"] for row in sets["ru-instructions"]}
+    for row in lessons:
+        wording, story = row["prompt"].split("\n")
+        assert wording not in asked and wording[0].islower()
+        assert row["completion"].lower() in story.lower()
+        brief += not row["completion"].endswith(".")
+    assert abs(brief / ROWS - stories.BRIEF_SHARE) < 4 * (0.25 / ROWS) ** 0.5
+
+
+def test_who_did_what_in_a_story_is_of_one_split():
+    def done(split: str | None, seed: int) -> set[tuple[str, str]]:
+        draw = Draw(f"{split} {seed}")
+        return {(f.name, f.thing) for _ in range(1500) for f in stories.facts(draw, split)}
+
+    test = done("test", 0)
+    assert len(test) > 100
+    for split, seed in itertools.product([None, "train", "validation"], [0, 7]):
+        assert not test & done(split, seed)

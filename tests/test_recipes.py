@@ -66,3 +66,32 @@ def test_review_sentiment(reviews: Path) -> None:
     assert measured["low"] <= measured["value"] <= measured["high"]
     page = (reviews / "report/index.html").read_text()
     assert "η = 0.5" in page and "second_reward_mean" in page
+
+
+def test_instruct_t5(tmp_path: Path) -> None:
+    """Three adapters on one T5, a sweep over their sizes, and ways to decode compared as models are."""
+    run = temper.run("instruct-t5", {"threads": 1}, profile="smoke", out=tmp_path / "run", quiet=True)
+    results = json.loads((run / "report/results.json").read_text())
+    compared = results["evaluations"]["compare"]
+    assert list(compared["models"]) == ["base", "prompt", "lora", "lora_prompt"]
+    for scores in compared["models"].values():
+        assert {"rouge1", "rougeL", "bleu", "meteor", "token_f1"} <= set(scores)
+    trained = {n: results["stages"][n]["trainable_parameters"] for n in ("lora", "prompt", "lora_prompt")}
+    # q and v of 2 encoder layers and of 2 × 2 attentions of the decoder, 32 × 32 each, rank 8; 20 tokens of width 32 twice
+    # (PEFT keeps as many for a decoder, which are not used)
+    assert trained["lora"] == 2 * 6 * 8 * (32 + 32)
+    assert trained["lora_prompt"] == trained["lora"] + trained["prompt"]
+    sweep = json.loads((run / "sizes/trials.json").read_text())
+    assert len(sweep["trials"]) == 2
+    assert len(results["evaluations"]["ways"]["models"]) == 3
+    page = (run / "report/index.html").read_text()
+    assert all(way in page for way in ("greedy", "beams", "drawn"))
+
+
+def test_the_real_profile_of_instruct_t5_has_the_numbers_of_the_work_it_retells() -> None:
+    stage = recipe.load("instruct-t5").stages["lora_prompt"]
+    assert (stage.adapter.r, stage.adapter.tokens, stage.adapter.targets) == (8, 20, ["q", "v"])
+    assert (stage.max_prompt, stage.max_answer, stage.too_long) == (100, 200, "cut")
+    assert (stage.batch_size, stage.accumulation, stage.epochs, stage.lr, stage.weight_decay) == (8, 4, 10, 3e-4, 0.01)
+    assert stage.precision == "fp16" and stage.activation_checkpointing and stage.keep_best
+    assert recipe.load("instruct-t5", profile="full").stages["instructions"].completion == "{full_output}"

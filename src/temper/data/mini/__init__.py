@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from temper.data.mini import advice, corpus, insults, reviews
+from temper.data.mini import advice, corpus, insults, reviews, stories
 from temper.data.mini.article import article, clean, plain
 from temper.data.mini.corpus import PROMPT, RUDE_PROMPT
 from temper.data.mini.draw import Draw
@@ -30,6 +30,10 @@ NAMES: dict[str, str] = {
     "en-reviews-b": "the same in other turns of phrase and partly other words, for a second judge",
     "en-advice": "questions of how to do something by hand: prompt, chosen, rejected, completion (one of the two, half of "
     "them the worse one), and the prompt with the completion: text",
+    "ru-instructions": "instructions about Russian stories of a few people: instruction, input, output, full_output (the "
+    "same as a whole sentence), and all of it as text",
+    "ru-lessons": "what a base model has learnt about such stories, in other words and answered at length: prompt, "
+    "completion, text",
     "en-advice-corpus": "what a base model has read before such questions: diaries, lists, letters, few questions: text",
 }
 
@@ -73,6 +77,8 @@ _MAKERS: dict[str, Callable[[Draw, str | None], Row]] = {
     "en-reviews": lambda draw, split: dict(reviews.REVIEWER_A.review(draw, split)),
     "en-reviews-b": lambda draw, split: dict(reviews.REVIEWER_B.review(draw, split)),
     "en-advice": lambda draw, split: dict(advice.advice(draw, split)),
+    "ru-instructions": lambda draw, split: dict(stories.instruction(draw, split)),
+    "ru-lessons": lambda draw, split: dict(stories.lesson(draw, split)),
     "en-advice-corpus": lambda draw, split: dict(advice.base_document(draw, split)),
 }
 
