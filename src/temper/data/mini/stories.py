@@ -137,7 +137,7 @@ BRIEF = {  # and now and then by a word or two
     "place": "кратко, место: {name}",
     "time": "кратко, время: {name}",
 }
-BRIEF_SHARE, REPEATED_SHARE = 0.35, 0.15
+BRIEF_SHARE, REPEATED_SHARE = 0.45, 0.1
 
 
 def lesson(draw: Draw, split: str | None) -> dict[str, str]:
