@@ -47,6 +47,8 @@ PINNED = {
     "en-reviews-b": "fd56dce5f0a45d94",
     "en-advice": "35346fdf7cac45d7",
     "en-advice-corpus": "d75a0ba46c8a71a8",
+    "ru-instructions": "b81123e8ba150072",
+    "ru-lessons": "07d4a5cfc83df837",
 }
 
 
