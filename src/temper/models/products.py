@@ -46,7 +46,7 @@ def by_onednn(wanted: bool) -> bool:
     products would be less than exact (AMX computes them in bfloat16) nothing changes.
     """
     try:
-        setting: Any = torch.backends.mkldnn.matmul
+        setting = _matmul()
         before = setting.fp32_precision == "bf16"
         if before != wanted and (not wanted or exact()):
             setting.fp32_precision = "bf16" if wanted else "none"
@@ -55,12 +55,18 @@ def by_onednn(wanted: bool) -> bool:
     return before
 
 
+def _matmul() -> Any:
+    """torch's settings of products by oneDNN, of which it declares no types."""
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul
+
+
 @functools.cache
 def exact() -> bool:
     """Whether float32 products of matrices are as exact by oneDNN as they should be: float64 says so."""
     if not torch.backends.mkldnn.is_available():
         return False
-    setting: Any = torch.backends.mkldnn.matmul
+    setting = _matmul()
     before = setting.fp32_precision
     generator = torch.Generator().manual_seed(0)
     try:
