@@ -25,9 +25,7 @@ from temper.rollouts.memory import ROUND, Memory
 from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 
-LARGE = (
-    256  # tokens of the longest prompt from which on attention is faster by oneDNN than by MKL, a few rows at a time
-)
+LARGE = 256  # tokens of the longest prompt from which on oneDNN attends faster than MKL, a few rows at a time
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
 
 
