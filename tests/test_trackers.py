@@ -109,7 +109,7 @@ def test_what_is_missing_is_told_before_the_run(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="needs the package mlflow") as error:
         temper.run(file, out=tmp_path / "run", quiet=True)
-    assert error.value.do == 'pip install "temper-lm[mlflow]"'
+    assert error.value.do == """pip install "temper-lm[mlflow]", or do without trackers: --set 'trackers=[]'"""
     assert not (tmp_path / "run").exists()
 
 

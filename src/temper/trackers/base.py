@@ -146,7 +146,7 @@ def check(one: Asked) -> None:
         raise RecipeError(
             f"the tracker «{one.name}» needs the package {one.name}, which is not installed",
             where="trackers",
-            do=f'pip install "temper-lm[{one.name}]"',
+            do=f"""pip install "temper-lm[{one.name}]", or do without trackers: --set 'trackers=[]'""",
         )
     option, variable = SERVERS.get(one.name, ("", ""))
     if option and not one.options[option] and not os.environ.get(variable):
