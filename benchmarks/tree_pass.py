@@ -77,11 +77,14 @@ class Trees:
 
     def loss(self) -> float:
         """Mean over all scored tokens."""
+        from temper.models.products import added_in_place
+
         total, scored = 0.0, 0
         for row in self.rows:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 found = -self.policy(row).sum()
-            found.backward()
+            with added_in_place():  # as the loop has it
+                found.backward()
             total, scored = total + float(found.detach()), scored + len(row.tgt)
         self.policy.zero_grad(set_to_none=True)
         return total / scored

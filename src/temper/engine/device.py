@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from temper.errors import ModelError, RecipeError
 from temper.models import products
 
 Precision = Literal["auto", "float32", "bf16", "fp16"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +30,7 @@ def setup(wanted: str, threads: int | None) -> torch.device:
     # a gigabyte and more beside a model of 40 million parameters, and no time saved over these
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
+    keep_memory()
     products.by_onednn(True)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over all memory
@@ -42,6 +45,18 @@ def setup(wanted: str, threads: int | None) -> torch.device:
             do="device: auto takes what is there",
         ) from None
     return device
+
+
+def keep_memory() -> None:
+    """Have glibc's allocator keep what tensors leave, for the next ones, instead of giving it back to the system.
+
+    Each piece that comes back anew is zeroed by the system page by page: of attention's plain products, whose scores are
+    megabytes each, that was half the time and more. Elsewhere nothing changes.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        allocator = ctypes.CDLL(None)
+        for setting, bytes_ in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            allocator.mallopt(setting, bytes_)
 
 
 def precision(wanted: Precision, device: torch.device) -> str:

@@ -2,12 +2,14 @@
 
 A dense mask costs a lane's width squared and every shorter lane its padding. Here the trees of a row stand end to end
 in one line, matrix products run over the line, and attention over segments of it: a long tree, or a few short ones. Of a
-segment a block of queries meets only the keys up to its own end, since nobody sees what comes later. Query heads that
+segment a block of queries meets only the keys up to its own end, since nobody sees what comes later; in a long segment,
+where a block ends where a branch does, only those that any of it sees: a completion not its siblings. Query heads that
 share a key head are laid under one another, so that keys and values are not copied for each, and the kernel's blocks are
-larger: together a quarter less time (430 tokens, 8 heads of 64 over 2, forward and backward on two cores). Up to `KEPT`
-tokens plain products that keep their probabilities are faster than torch's fused kernel, which computes them again: in
-bfloat16 1.3 to 2 times, in float32 up to a fifth (64 to 512 tokens, forward and backward on two cores). Longer segments
-go to the kernel, for probabilities grow with the square.
+larger: together a quarter less time (430 tokens, 8 heads of 64 over 2, forward and backward on two cores). Plain products
+are faster than torch's fused kernel, for which they are made if the allocator keeps its memory (`device.keep_memory`):
+forwards and backwards in float32 1.6 to 1.9 times, in bfloat16 1.8 to 2.6 times where the probabilities are kept, and 1.2 to
+1.5 and 1.2 to 1.9 times where they are computed again (448 to 4,096 keys, two cores). They are kept up to `KEPT` keys, for
+they grow with the square.
 
 The segments travel with the mask: what transformers is given is a mask of full shape that occupies no memory, on which
 they are written. The attention function named sdpa looks for them; without them it is transformers' own. A model that
@@ -19,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +35,34 @@ from temper.trees import Row, rounded
 
 LEAST = 128  # tokens: shorter trees share a segment
 LARGE = 192  # keys from which on a kernel of oneDNN is worth making, though lengths vary
-KEPT = 512  # tokens of a segment up to which the probabilities are kept for the backward pass
-BLOCK = 224  # queries that are given their keys at once; a rest of less than half of it joins the block before
-SMALL = 128  # the same where probabilities are kept
+KEPT = 640  # keys that a segment's tokens are given on average up to which probabilities are kept for the backward pass
+MOST = 2**25  # scores of a block, of all heads, up to which there is memory for plain products: 128 MiB in float32
+SMALL = 128  # queries that are given their keys at once; a rest of less than half of it joins the block before
+LONG = 512  # tokens of a segment above which its blocks follow its branches
+BLOCK = 224  # queries of a block in a long segment
+STEP = 32  # tokens: blocks begin at multiples of it
+FEWER = 0.85  # share of the keys up to a block's end below which those that it sees are copied together
 READ = 0.8  # share of a row's tokens that are read at its end, above which leaving the others out saves nothing
+
+
+class Block(NamedTuple):
+    """Queries of a segment that are given their keys at once.
+
+    `queries`: how many; `keys`: how many of the segment's first keys they meet, or which; `mask`: additive,
+    [groups·queries, keys]; `plain`: by products, which keep their probabilities if `kept`, or by torch's kernel.
+    """
+
+    queries: int
+    keys: int | torch.Tensor
+    mask: torch.Tensor
+    plain: bool
+    kept: bool
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Those of the keys or values [1, heads, n, D] of the segment that the block meets."""
+        if isinstance(self.keys, torch.Tensor):
+            return x.index_select(2, self.keys)
+        return x if self.keys == x.shape[2] else x[:, :, : self.keys]
 
 
 @dataclasses.dataclass
@@ -49,45 +75,67 @@ class Segments:
     bounds: list[tuple[int, int]]
     visible: list[torch.Tensor]
     read: list[torch.Tensor] | None = None
-    _masks: dict[tuple[int, torch.dtype, bool], list[list[torch.Tensor]]] = dataclasses.field(default_factory=dict)
+    _blocks: dict[tuple[int, int, torch.dtype, bool], list[list[Block]]] = dataclasses.field(default_factory=dict)
 
-    def masks(self, groups: int, dtype: torch.dtype, *, last: bool) -> list[list[torch.Tensor]]:
-        """Additive masks [groups·queries, keys] of every block of every segment; made once for all layers.
+    def blocks(self, shared: int, groups: int, dtype: torch.dtype, *, last: bool) -> list[list[Block]]:
+        """The blocks of every segment, with their masks; made once for all layers.
 
         Args:
-            last: those of the tokens that are read alone, in one block.
+            shared: key heads.
+            groups: query heads that share one.
+            last: of the tokens that are read alone.
         """
-        if (groups, dtype, last) not in self._masks:
-            if last and self.read is not None:
-                parts = [[seen[r]] for seen, r in zip(self.visible, self.read, strict=True)]
-            else:
-                parts = [[seen[a:b, :b] for a, b in blocks(len(seen))] for seen in self.visible]
-            kinds = [torch.float32 if keeps(dtype, len(seen)) else dtype for seen in self.visible]
-            self._masks[groups, dtype, last] = [
-                [_additive(p, kind).repeat(groups, 1) for p in seen] for seen, kind in zip(parts, kinds, strict=True)
-            ]
-        return self._masks[groups, dtype, last]
+        asked = (shared, groups, dtype, last)
+        if asked not in self._blocks:
+            reads: list[Any] = self.read if last and self.read is not None else [None] * len(self.visible)
+            both = zip(self.visible, reads, strict=True)
+            self._blocks[asked] = [_cut(seen, shared, groups, dtype, read) for seen, read in both]
+        return self._blocks[asked]
+
+
+def _cut(seen: torch.Tensor, shared: int, groups: int, dtype: torch.dtype, read: torch.Tensor | None) -> list[Block]:
+    """Blocks of a segment's queries, or of the tokens of it that are `read`."""
+    n, found = len(seen), []
+    for a, b in [(0, n)] if read is not None and len(read) <= BLOCK else blocks(seen):
+        asked = seen[a:b] if read is None else seen[read[(read >= a) & (read < b)]]
+        keys: int | torch.Tensor = b
+        if n > LONG:
+            met = asked.any(0)
+            count = rounded(int(met.sum()), 2 * STEP)
+            if count < FEWER * b:  # filled up with some that nobody sees
+                keys = met.int().argsort(descending=True, stable=True)[:count].sort().values
+        if len(asked):
+            found.append((keys, asked[:, keys] if isinstance(keys, torch.Tensor) else asked[:, :keys]))
+    scores = [mask.numel() for _, mask in found]
+    plain = dtype in (torch.float32, torch.bfloat16) and shared * groups * max(scores, default=0) <= MOST
+    kept = plain and sum(scores) <= KEPT * n
+    kind = torch.float32 if plain else dtype
+    return [Block(len(mask), keys, _additive(mask, kind).repeat(groups, 1), plain, kept) for keys, mask in found]
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def keeps(dtype: torch.dtype, n: int) -> bool:
-    """Whether a segment of n tokens keeps its probabilities."""
-    return n <= KEPT and dtype in (torch.float32, torch.bfloat16)
+def blocks(seen: torch.Tensor) -> list[tuple[int, int]]:
+    """Where blocks of queries begin and end: in a long segment every `BLOCK`, or before it where a branch begins; in others
+    every `SMALL`. All but the last have multiples of `STEP`, so that there are few shapes (see `LARGE`).
 
+    Args:
+        seen: boolean [n, n], which token (first) sees which.
 
-def blocks(n: int) -> list[tuple[int, int]]:
-    """Where blocks of n queries begin and end.
-
-    >>> blocks(180), blocks(300), blocks(600)
-    ([(0, 180)], [(0, 128), (128, 300)], [(0, 224), (224, 448), (448, 600)])
+    >>> [blocks(torch.ones(n, n).tril().bool()) for n in (180, 300, 600)]
+    [[(0, 180)], [(0, 128), (128, 300)], [(0, 224), (224, 448), (448, 600)]]
     """
-    size = SMALL if n <= KEPT else BLOCK
-    starts = list(range(0, n, size))
-    if len(starts) > 1 and n - starts[-1] < size // 2:
-        starts.pop()
+    n, starts = len(seen), [0]
+    size, begun = SMALL, torch.empty(0, dtype=torch.long)
+    if n > LONG:
+        size, begun = BLOCK, (~seen.diagonal(-1)).nonzero().flatten() + 1
+        begun = ((begun + STEP - 1) // STEP * STEP).unique()
+    while n - starts[-1] >= size + size // 2:
+        a = starts[-1]
+        near = begun[(begun >= a + size // 2) & (begun < a + size + size // 2)]
+        starts.append(int(near[0]) if len(near) else a + size)
     return list(zip(starts, [*starts[1:], n], strict=True))
 
 
@@ -151,27 +199,35 @@ def carrier(row: Row, own_rule: Callable[..., Any]) -> torch.Tensor:
     return mask
 
 
-class _Kept(torch.autograd.Function):
-    """Attention [heads, n, D] that keeps its probabilities, in the type of the queries; the scores are float32."""
+class _Plain(torch.autograd.Function):
+    """Attention [heads, n, D] by products; its probabilities are kept, in the type of the queries, or computed again.
+
+    The scores are float32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:  # fmt: skip
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, kept: bool) -> torch.Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):  # it would round the scores to half precision
-            ctx.large = k.shape[1] >= LARGE
+            ctx.scale, ctx.large = scale, k.shape[1] >= LARGE
             with products.sent(ctx.large):
-                scores = torch.baddbmm(mask.expand(len(q), -1, -1), q.float(), k.float().transpose(1, 2), alpha=scale)
-                seen = scores.softmax(-1).to(q.dtype)
-                ctx.save_for_backward(q, k, v, seen)
-                ctx.scale = scale
+                seen = _probabilities(q, k, mask, scale)
+                ctx.save_for_backward(q, k, v, *((seen,) if kept else (mask, None)))
                 return seen @ v
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (q, k, v, seen), (grad,) = ctx.saved_tensors, gradients
-        with products.sent(ctx.large):
+        (q, k, v, seen, *again), (grad,) = ctx.saved_tensors, gradients
+        with torch.autocast("cpu", enabled=False), products.sent(ctx.large):
+            if again:
+                seen = _probabilities(q, k, seen, ctx.scale)
             slopes = torch.ops.aten._softmax_backward_data.default(grad @ v.transpose(1, 2), seen, -1, q.dtype)
             of_q, of_k = ctx.scale * (slopes @ k), ctx.scale * (slopes.transpose(1, 2) @ q)
-            return of_q, of_k, seen.transpose(1, 2) @ grad, None, None
+            return of_q, of_k, seen.transpose(1, 2) @ grad, None, None, None
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    scores = torch.baddbmm(mask.expand(len(q), -1, -1), q.float(), k.float().transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores).to(q.dtype)
 
 
 def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
@@ -193,33 +249,29 @@ def _attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: to
     heads, shared, width = query.shape[1], key.shape[1], query.shape[3]
     groups = heads // shared
     last = segments.read is not None and getattr(module, "layer_idx", None) == module.config.num_hidden_layers - 1  # type: ignore[union-attr]
-    masks = segments.masks(groups, query.dtype, last=last)
 
-    def meet(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def meet(q: torch.Tensor, block: Block, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """[1, heads, n, D] → [1, n, heads, D]; the heads that share keys stand under one another."""
-        n = q.shape[2]
+        k, v, n = block.seen(k), block.seen(v), q.shape[2]
         q = q.reshape(1, shared, groups * n, width)
-        if kept:
-            found = _Kept.apply(q[0], k[0], v[0], mask, width**-0.5 if scaling is None else scaling)
+        if block.plain and not dropout:
+            scale = width**-0.5 if scaling is None else scaling
+            found = _Plain.apply(q[0], k[0], v[0], block.mask, scale, block.kept)
         else:
-            mask = mask.to(q.dtype)
+            mask = block.mask.to(q.dtype)
             found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
         return found.reshape(1, heads, n, v.shape[3]).transpose(1, 2)
 
     sizes, out = [b - a for a, b in segments.bounds], []
+    found = segments.blocks(shared, groups, query.dtype, last=last)
     for s, (q, k, v) in enumerate(zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)):
-        n = q.shape[2]
-        kept = keeps(q.dtype, n) and not dropout
-        if last:
-            read = segments.read[s]  # type: ignore[index]
-            none = q.new_zeros(1, n, heads, v.shape[3])
-            out.append(
-                none.index_copy(1, read, meet(q.index_select(2, read), k, v, masks[s][0])) if len(read) else none
-            )
-            continue
-        cuts = blocks(n)
-        for part, (_, b), mask in zip(q.split([b - a for a, b in cuts], 2), cuts, masks[s], strict=True):
-            out.append(meet(part, k if b == n else k[:, :, :b], v if b == n else v[:, :, :b], mask))
+        read = segments.read[s] if last else None  # type: ignore[index]
+        parts = (q if read is None else q.index_select(2, read)).split([block.queries for block in found[s]], 2)
+        met = [meet(part, block, k, v) for part, block in zip(parts, found[s], strict=True)]
+        if read is not None:
+            none = q.new_zeros(1, sizes[s], heads, v.shape[3])
+            met = [none.index_copy(1, read, torch.cat(met, 1)) if met else none]
+        out += met
     return torch.cat(out, 1), None
 
 
