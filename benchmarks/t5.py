@@ -96,7 +96,8 @@ def _trainer(folder: Path, base: str, rows: list[Any], settings: Settings) -> Si
 
 
 def practised(which: str, folder: Path, settings: Settings) -> Side:
-    """Ours on both sides: the encoder reads a prompt once, or for each of its completions (each in a tree of its own)."""
+    """Ours on both sides: a prompt with 8 completions, or as many prompts of its length with one each, which are decoded just
+    so, and read eight times as often."""
     return _Group(saved(folder / "base"), together=which == "temper")
 
 
@@ -133,20 +134,16 @@ class _Group:
     def epoch(self) -> None:
         if self.together:
             found = self.sampler.sample(self.prompts, self.decoding, completions=COMPLETIONS)
-        else:  # as 8 prompts that happen to be alike, each asked by itself
-            found = [[self.sampler.sample([p], self.decoding)[0][0] for _ in range(COMPLETIONS)] for p in self.prompts]
-        self._passes(found)
+            self._passes(self.prompts, [[c.ids for c in some] for some in found])
+        else:  # turned, so that no two are equal: equal prompts are read once
+            prompts = [p[k:] + p[:k] for p in self.prompts for k in range(COMPLETIONS)]
+            self._passes(prompts, [[c.ids for c in some] for some in self.sampler.sample(prompts, self.decoding)])
 
-    def _passes(self, found: list[Any]) -> Any:
+    def _passes(self, prompts: list[list[int]], ids: list[list[list[int]]]) -> float:
         from temper.trees import group, rows_of
 
-        ids = [[c.ids for c in some] for some in found]
-        if self.together:
-            trees = [group(p, some) for p, some in zip(self.prompts, ids, strict=True)]
-        else:
-            trees = [group(p, [one]) for p, some in zip(self.prompts, ids, strict=True) for one in some]
         total = 0.0
-        for row in rows_of(trees, 1, 2048):
+        for row in rows_of([group(p, some) for p, some in zip(prompts, ids, strict=True)], self.policy.lane(2048), 2048):
             loss = -self.policy(row).sum() / (len(self.prompts) * COMPLETIONS * NEW)
             loss.backward()
             total += float(loss.detach())
@@ -156,9 +153,9 @@ class _Group:
     def loss(self) -> float:
         draw = np.random.default_rng(1)
         ids = draw.integers(FIRST, VOCABULARY, (len(self.prompts), COMPLETIONS, NEW)).tolist()
-        from types import SimpleNamespace
-
-        return self._passes([[SimpleNamespace(ids=one) for one in some] for some in ids])
+        if self.together:
+            return self._passes(self.prompts, ids)
+        return self._passes([p for p in self.prompts for _ in ids[0]], [[one] for some in ids for one in some])
 
 
 def _contests() -> list[Contest]:
@@ -174,7 +171,7 @@ def _contests() -> list[Contest]:
                 )
             )  # fmt: skip
     out.append(
-        Contest("t5-rollouts-float32", "a prompt read for each completion", practised, tool="temper", weights=False)
+        Contest("t5-rollouts-float32", "a prompt for each completion", practised, tool="temper", weights=False)
     )
     return out
 

@@ -107,11 +107,21 @@ def test_trees_and_padding_equal_single_sequences(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", TREES)
-@pytest.mark.parametrize(("size", "kept"), [(128, 512), (6, 512), (6, 0)])
-def test_attention_by_segments(family: str, size: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One segment of all trees, or a segment of each and blocks of 6 queries, by products that keep their probabilities or
-    by the kernel; and a lane's padding is left out."""
-    for name, value in (("LEAST", size), ("BLOCK", size), ("SMALL", size), ("KEPT", kept)):
+@pytest.mark.parametrize(
+    "set_to",
+    [
+        {},
+        {"LEAST": 6, "SMALL": 6},
+        {"LEAST": 6, "SMALL": 6, "KEPT": 0},
+        {"LEAST": 6, "LONG": 0, "BLOCK": 6, "STEP": 1},
+        {"LONG": 0, "BLOCK": 4, "STEP": 2, "KEPT": 0},
+        {"LEAST": 6, "LONG": 0, "BLOCK": 6, "STEP": 1, "MOST": 0},
+    ],
+)
+def test_attention_by_segments(family: str, set_to: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One segment of all trees, or a segment of each and small blocks, some along branches; by products that keep their
+    probabilities or compute them again, or by the kernel; and a lane's padding is left out."""
+    for name, value in set_to.items():
         monkeypatch.setattr(segments, name, value)
     model, row = build(family), forest()
     policy = Policy(model)
@@ -129,6 +139,29 @@ def test_attention_by_segments(family: str, size: int, kept: int, monkeypatch: p
     compare(model, lanes, ["tree"], pieces=True)
 
 
+def test_blocks_of_a_long_segment_follow_its_branches() -> None:
+    """A prompt of 600 tokens with eight completions of 125: a block of one sees the prompt and little of its siblings; each
+    query is in one block, with all that it sees."""
+    prompt, answers = list(range(1, 601)), [list(range(1000 * k, 1000 * k + 125)) for k in range(1, 9)]
+    row = join([group(prompt, answers)])
+    carried = segments.carrier(row, lambda b, h, q, k: (q >= 0) & (k >= 0))
+    found: Any = carried.segments
+    (seen,), (cut,) = found.visible, found.blocks(2, 4, torch.float32, last=False)
+    assert len(seen) > segments.LONG and all(block.plain and block.kept for block in cut)
+    begin, given = 0, 0
+    for block in cut:
+        keys = torch.arange(block.keys) if isinstance(block.keys, int) else block.keys
+        asked = seen[begin : begin + block.queries]
+        assert (block.mask[: block.queries] == 0).equal(asked[:, keys])
+        assert asked.sum() == asked[:, keys].sum(), "something that is seen is not among the keys"
+        begin, given = begin + block.queries, given + block.queries * len(keys)
+    assert begin == len(seen)
+    assert given < 1.25 * (seen.sum() + 600**2 / 4), "completions meet their siblings"
+    (read,) = found.read
+    last = found.blocks(2, 4, torch.float32, last=True)[0]
+    assert sum(block.queries for block in last) == len(read) and len(last) > 4
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3"])
 def test_attention_that_keeps_its_probabilities_is_as_exact_in_half_precision(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -139,7 +172,7 @@ def test_attention_that_keeps_its_probabilities_is_as_exact_in_half_precision(
     slope = gradients((exact * row.weight).sum(), model.parameters())
     far = {}
     for kept in (512, 0):
-        monkeypatch.setattr(segments, "KEPT", kept)
+        monkeypatch.setattr(segments, "MOST", kept * 10**6)
         with torch.autocast("cpu", torch.bfloat16):
             policy = Policy(model)
             prove(policy)

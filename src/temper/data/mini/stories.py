@@ -1,4 +1,4 @@
-"""Russian stories of two or three people, with instructions about them and short answers; and what a base has learnt before.
+"""Russian stories of two people, with instructions about them and short answers; and what a base has learnt before.
 
 Every sentence says who did what, when and where. An instruction asks for one of these, for everybody's name, or for the
 story without times and places; `output` is the answer, `full_output` the same in a whole sentence of the story. What a base
@@ -121,10 +121,9 @@ class Fact:
 
 
 def facts(draw: Draw, split: str | None) -> list[Fact]:
-    """Two or three, nothing in common among them. Pairs of a name and a thing are dealt out to the splits."""
+    """Two, nothing in common between them. Pairs of a name and a thing are dealt out to the splits."""
     out: list[Fact] = []
-    wanted = draw.position(2, 3)
-    while len(out) < wanted:
+    while len(out) < 2:
         action = draw.pick([a for a in ACTIONS if all(a is not f.action for f in out)])
         thing, name = draw.position(0, len(action.things) - 1), draw.position(0, len(NAMES) - 1)
         while (thing + 3 * name) % 10 not in SPLITS[split] or any(NAMES[name] == f.name for f in out):
