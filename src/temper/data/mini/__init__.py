@@ -30,7 +30,7 @@ NAMES: dict[str, str] = {
     "en-reviews-b": "the same in other turns of phrase and partly other words, for a second judge",
     "en-advice": "questions of how to do something by hand: prompt, chosen, rejected, completion (one of the two, half of "
     "them the worse one), and the prompt with the completion: text",
-    "ru-instructions": "instructions about Russian stories of a few people: instruction, input, output, full_output (the "
+    "ru-instructions": "instructions about very short Russian stories: instruction, input, output, full_output (the "
     "same as a whole sentence), and all of it as text",
     "ru-lessons": "what a base model has learnt about such stories, in other words and answered at length: prompt, "
     "completion, text",
@@ -38,6 +38,7 @@ NAMES: dict[str, str] = {
 }
 
 ROWS = {None: 12_000, "train": 12_000, "validation": 500, "test": 500}  # where `rows` is not given
+MORE = {("ru-instructions", "test"): 2_000}  # answers of a word or two: many, to tell models apart
 
 
 def _news(draw: Draw, split: str | None) -> Row:
@@ -100,7 +101,7 @@ def load(name: str, *, split: str | None = None, rows: int | None = None, seed: 
         name: one of `NAMES`.
         split: "train", "validation", "test", or None: the set undivided. Each has people of its own (full names;
             reviews: films), in all sets alike, so that no text of one split occurs in another split of any set, whatever the seed.
-        rows: how many; None: 12,000, or 500 of validation and test.
+        rows: how many; None: 12,000, or 500 of validation and test (2,000 in the test split of `ru-instructions`).
         seed: another seed, other rows.
 
     Raises:
@@ -112,7 +113,7 @@ def load(name: str, *, split: str | None = None, rows: int | None = None, seed: 
         known = [s for s in SPLITS if s]
         raise DataError(f"a mini set has no split «{split}»", where=f"mini:{name}", do=nearest(str(split), known))
     if rows is None:
-        rows = ROWS[split]
+        rows = MORE.get((name, split or ""), ROWS[split])
     if rows < 0:
         raise DataError(f"{rows} rows cannot be made", where=f"mini:{name}", do="ask for 0 or more")
     stream = _rows(name, split, seed)

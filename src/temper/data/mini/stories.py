@@ -1,8 +1,8 @@
-"""Russian stories of two people, with instructions about them and short answers; and what a base has learnt before.
+"""Very short Russian stories, with instructions about them and short answers; and what a base has learnt before.
 
-Every sentence says who did what, when and where. An instruction asks for one of these, for everybody's name, or for the
-story without times and places; `output` is the answer, `full_output` the same in a whole sentence of the story. What a base
-has learnt has other wordings, and answers at length.
+A sentence says who did what, when and where; another says something beside. An instruction asks for one of the four, or for
+the sentence without the time; `output` is the answer, `full_output` the whole sentence. What a base has learnt has
+other wordings, and answers mostly at length.
 """
 
 from __future__ import annotations
@@ -88,6 +88,20 @@ TIMES = [
     "в полдень",
 ]
 
+ASIDES = (
+    "Шёл дождь.",
+    "Было тепло.",
+    "Дул ветер.",
+    "Светило солнце.",
+    "Пели птицы.",
+    "Было тихо.",
+    "Играла музыка.",
+    "Пахло мятой.",
+    "Лаяла собака.",
+    "Гудел мотор.",
+    "Стоял туман.",
+    "Падал снег.",
+)
 ORDERS = (  # of a sentence
     "{time} {name} {verb} {place} {thing}",
     "{name} {time} {verb} {thing} {place}",
@@ -120,18 +134,18 @@ class Fact:
         return sentence(self.order.format(**self.slots))
 
 
-def facts(draw: Draw, split: str | None) -> list[Fact]:
-    """Two, nothing in common between them. Pairs of a name and a thing are dealt out to the splits."""
-    out: list[Fact] = []
-    while len(out) < 2:
-        action = draw.pick([a for a in ACTIONS if all(a is not f.action for f in out)])
-        thing, name = draw.position(0, len(action.things) - 1), draw.position(0, len(NAMES) - 1)
-        while (thing + 3 * name) % 10 not in SPLITS[split] or any(NAMES[name] == f.name for f in out):
-            name = (name + 1) % len(NAMES)
-        time = draw.pick([t for t in TIMES if all(t != f.time for f in out)])
-        place = draw.pick(action.places)
-        out.append(Fact(NAMES[name], action, action.things[thing], time, place, draw.pick(ORDERS)))
-    return out
+def fact(draw: Draw, split: str | None) -> Fact:
+    """Pairs of a name and a thing are dealt out to the splits."""
+    action = draw.pick(ACTIONS)
+    thing, name = draw.position(0, len(action.things) - 1), draw.position(0, len(NAMES) - 1)
+    while (thing + 3 * name) % 10 not in SPLITS[split]:
+        name = (name + 1) % len(NAMES)
+    return Fact(NAMES[name], action, action.things[thing], draw.pick(TIMES), draw.pick(action.places), draw.pick(ORDERS))
+
+
+def story(told: Fact, draw: Draw) -> str:
+    sentences = [told.sentence, draw.pick(ASIDES)]
+    return " ".join(sentences if draw.chance(0.5) else reversed(sentences))
 
 
 # What is asked → its wordings and the slot that answers.
@@ -141,28 +155,23 @@ ASKED = {
     "place": ("Где {name} {verb} {thing}?", "Укажи, где {name} {verb} {thing}.", "Коротко назови место, где был{a} {name}."),
     "time": ("Когда {name} {verb} {thing}?", "Укажи, когда {name} {verb} {thing}.", "Назови время, когда {name} {verb} {thing}."),
 }  # fmt: skip
-EVERYBODY = ("Перечисли всех, о ком говорится.", "Назови всех людей из рассказа.", "Выпиши имена по порядку.")
-SHORTER = ("Перескажи без мест и времени.", "Сократи: кто и что делал.", "Сожми рассказ.")
+SHORTER = ("Перескажи без времени.", "Сократи: кто, что и где делал.", "Сожми рассказ.")
+SHORTER_SHARE = 0.2
 
 
 def instruction(draw: Draw, split: str | None) -> dict[str, str]:
     """A row `{instruction, input, output, full_output, text}`."""
-    told = facts(draw, split)
-    story = " ".join(f.sentence for f in told)
-    sort = draw.random()
-    if sort < 0.1:
-        asked, short = draw.pick(EVERYBODY), ", ".join(f.name for f in told)
-        full = sentence(f"В рассказе говорится о них: {short}")
-    elif sort < 0.2:
-        asked = draw.pick(SHORTER)
-        short = ", ".join("{name} {verb} {thing}".format(**f.slots) for f in told)
-        full = story
+    told = fact(draw, split)
+    given, slots = story(told, draw), told.slots
+    if draw.chance(SHORTER_SHARE):
+        asked, short = draw.pick(SHORTER), "{name} {verb} {thing} {place}".format(**slots)
     else:
-        about, slot = draw.pick(told), draw.pick(list(ASKED))
-        slots = about.slots | {"a": "а" if about.slots["verb"] == about.action.women else ""}
-        asked, short, full = draw.pick(ASKED[slot]).format(**slots), slots[slot], about.sentence
+        slot = draw.pick(list(ASKED))
+        slots["a"] = "а" if slots["verb"] == told.action.women else ""
+        asked, short = draw.pick(ASKED[slot]).format(**slots), slots[slot]
     return {
-        "instruction": asked, "input": story, "output": short, "full_output": full, "text": f"{asked}\n{story}\n{short}",
+        "instruction": asked, "input": given, "output": short, "full_output": told.sentence,
+        "text": f"{asked}\n{given}\n{short}",
     }  # fmt: skip
 
 
@@ -184,15 +193,14 @@ BRIEF_SHARE, REPEATED_SHARE = 0.45, 0.1
 
 
 def lesson(draw: Draw, split: str | None) -> dict[str, str]:
-    """A row `{prompt, completion, text}` of what the base learns; the text is the story alone."""
-    told = facts(draw, split)
-    story = " ".join(f.sentence for f in told)
-    about, sort = draw.pick(told), draw.random()
+    """A row `{prompt, completion, text}` of what the base learns; the text is all of it."""
+    about = fact(draw, split)
+    given, sort = story(about, draw), draw.random()
     if sort < BRIEF_SHARE:
         slot = draw.pick(list(BRIEF))
         asked, answer = BRIEF[slot].format(**about.slots), about.slots[slot]
     elif sort < BRIEF_SHARE + REPEATED_SHARE:
-        asked, answer = fill(REPEATED, draw, {}), story
+        asked, answer = fill(REPEATED, draw, {}), given
     else:
         asked, answer = fill(draw.pick(LESSONS), draw, {}, about.slots), about.sentence
-    return {"prompt": f"{asked}\n{story}", "completion": answer, "text": f"{asked}\n{story}\n{answer}"}
+    return {"prompt": f"{asked}\n{given}", "completion": answer, "text": f"{asked}\n{given}\n{answer}"}
