@@ -377,3 +377,14 @@ def test_the_worked_numbers_in_docstrings_are_run_with_the_others():
     for module in (answers, corpus, meteor, stems):
         found = doctest.testmod(module)
         assert found.failed == 0 and found.attempted > 0
+
+
+def test_bleu_of_answers_too_short_for_it_says_so() -> None:
+    """Right answers of three words get 0, from sacrebleu too; with a full stop they have four tokens."""
+    short = [("на доктора", "на доктора"), ("в тёмном лесу", "в тёмном лесу")]
+    assert BLEU().corpus_score([s for s, _ in short], [[r for _, r in short]]).score == 0
+    scores = one("bleu", short)
+    assert scores.value == 0 and "no reference has so many" in (scores.notice or "")
+    long = [*short, ("в тёмном лесу.", "в тёмном лесу.")]
+    assert one("bleu", long).notice is None and one("bleu", long).value == 100
+    assert one("chrf", short).notice is None

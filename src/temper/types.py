@@ -85,6 +85,7 @@ class Scores:
     aggregate: Callable[[np.ndarray], np.ndarray] = field(default=mean_of_rows)
     of_rows: Callable[[np.ndarray], np.ndarray] | None = None
     resampled: bool = True  # False: neither interval nor test, since resampling says nothing of it (a maximum)
+    notice: str | None = None  # what a reader of the number must know
 
     @staticmethod
     def mean(rows: np.ndarray, signature: str, *, higher_is_better: bool | None = True) -> Scores:

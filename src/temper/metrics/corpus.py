@@ -13,6 +13,7 @@ Legend: N rows; D numbers of a row; O orders of n-grams.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,7 +35,8 @@ BETA = 2  # recall weighs β² times as much as precision in chrF
 def bleu(outputs: Outputs, *, tokenize: Tokenizer = "13a", lowercase: bool = False) -> dict[str, Scores]:
     """Corpus BLEU by sacrebleu, 0 to 100: runs of 1 to 4 tokens shared with the reference, and a brevity penalty.
 
-    Orders without any match are smoothed (`exp`, sacrebleu's default). A single row is shown with its sentence BLEU,
+    Orders without any match are smoothed (`exp`, sacrebleu's default); where no reference has four tokens it is 0 whatever is
+    answered, which its notice says. A single row is shown with its sentence BLEU,
     of the orders that it is long enough for.
 
     Args:
@@ -58,7 +60,14 @@ def bleu(outputs: Outputs, *, tokenize: Tokenizer = "13a", lowercase: bool = Fal
     scorer = BLEU(tokenize=tokenize, lowercase=lowercase, force=True)  # force: no warning of texts that look tokenized
     stats = _counts(scorer, outputs)
     rows = bleu_of(stats, effective=True)
-    return {"bleu": Scores(stats, rows, f"bleu|{scorer.get_signature()}", True, bleu_of)}
+    best = bleu_of(_counts(scorer, dataclasses.replace(outputs, predictions=outputs.references)).sum(0))
+    notice = None
+    if best == 0:
+        notice = (
+            f"BLEU counts runs of up to {ORDER} words, and no reference has so many: right answers score 0 too; exact_match, "
+            "token_f1 and chrf measure such short ones"
+        )
+    return {"bleu": Scores(stats, rows, f"bleu|{scorer.get_signature()}", True, bleu_of, notice=notice)}
 
 
 @register("chrf")

@@ -180,6 +180,8 @@ class Evaluate(Stage):
         models = list(shown.values())
         scores = {name: metrics.compute(self.metrics, out) for name, out in outputs.items()}
         self._check_units(job, outputs)
+        for notice in dict.fromkeys(s.notice for of in scores.values() for s in of.values() if s.notice):
+            job.warn(notice)
         self._write_rows(job, {n: outputs[n] for n in models}, {n: scores[n] for n in models})
         entry = {
             "data": {"name": self._split_name(), "rows": len(records), "sha256": scoring.content(records)},

@@ -15,7 +15,7 @@ from temper.types import Row
 
 __all__ = ["LEXICON", "NAMES", "PROMPT", "RUDE_PROMPT", "VERSION", "load"]
 
-VERSION = 3  # raised whenever any row of any set changes: it is part of cache keys
+VERSION = 4  # raised whenever any row of any set changes: it is part of cache keys
 
 NAMES: dict[str, str] = {
     "uk-news": "Ukrainian news with a one-sentence summary: text, summary, title, topic, and the text cut at "
