@@ -143,7 +143,9 @@ class _Group:
         from temper.trees import group, rows_of
 
         total = 0.0
-        for row in rows_of([group(p, some) for p, some in zip(prompts, ids, strict=True)], self.policy.lane(2048), 2048):
+        for row in rows_of(
+            [group(p, some) for p, some in zip(prompts, ids, strict=True)], self.policy.lane(2048), 2048
+        ):
             loss = -self.policy(row).sum() / (len(self.prompts) * COMPLETIONS * NEW)
             loss.backward()
             total += float(loss.detach())
@@ -170,9 +172,7 @@ def _contests() -> list[Contest]:
                     weights=False, ours=ours, theirs=theirs, grid=grid((2, 4, 8)), some={"rows": 32},
                 )
             )  # fmt: skip
-    out.append(
-        Contest("t5-rollouts-float32", "a prompt for each completion", practised, tool="temper", weights=False)
-    )
+    out.append(Contest("t5-rollouts-float32", "a prompt for each completion", practised, tool="temper", weights=False))
     return out
 
 

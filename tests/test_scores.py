@@ -18,7 +18,7 @@ from temper.models import proof, scores, segments
 from temper.models.attention import tree_mask
 from temper.models.proof import check_causal, prove
 from temper.models.scores import Policy
-from temper.trees import Node, Row, chain, flatten, join, rounded, stack
+from temper.trees import Node, Row, chain, flatten, group, join, rounded, stack
 from tiny_models import LOOK_AHEAD, PADDED, TREES, VOCABULARY, WINDOW, build, warmed
 
 NATS = 1e-5  # largest difference of a log-probability, float32; the models' log-probabilities reach 10 nats
@@ -147,7 +147,7 @@ def test_blocks_of_a_long_segment_follow_its_branches() -> None:
     carried = segments.carrier(row, lambda b, h, q, k: (q >= 0) & (k >= 0))
     found: Any = carried.segments
     (seen,), (cut,) = found.visible, found.blocks(2, 4, torch.float32, last=False)
-    assert len(seen) > segments.LONG and all(block.plain and block.kept for block in cut)
+    assert len(seen) > segments.LONG and all(block.plain for block in cut)
     begin, given = 0, 0
     for block in cut:
         keys = torch.arange(block.keys) if isinstance(block.keys, int) else block.keys

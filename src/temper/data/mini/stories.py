@@ -140,7 +140,9 @@ def fact(draw: Draw, split: str | None) -> Fact:
     thing, name = draw.position(0, len(action.things) - 1), draw.position(0, len(NAMES) - 1)
     while (thing + 3 * name) % 10 not in SPLITS[split]:
         name = (name + 1) % len(NAMES)
-    return Fact(NAMES[name], action, action.things[thing], draw.pick(TIMES), draw.pick(action.places), draw.pick(ORDERS))
+    return Fact(
+        NAMES[name], action, action.things[thing], draw.pick(TIMES), draw.pick(action.places), draw.pick(ORDERS)
+    )
 
 
 def story(told: Fact, draw: Draw) -> str:
