@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from temper import hub
+from temper import hub, wording
 from temper.errors import ModelError
 from temper.models import adapted, adapters, load
 from temper.models.adapters import Adapter
@@ -224,7 +224,7 @@ def test_a_classifier_takes_no_virtual_tokens(tmp_path: Path) -> None:
 
 def test_targets_that_match_nothing_name_those_there_are(tmp_path: Path) -> None:
     model, _ = load.model(folder_of("t5", tmp_path / "base"))
-    with pytest.raises(ModelError, match="match no layer") as error:
+    with pytest.raises(ModelError, match="«q_proj» matches no layer") as error:
         adapters.attach(model, Adapter(targets=["q_proj"]), seed=0)
     assert "EncDecAttention" not in error.value.do and " q" in error.value.do
 
@@ -264,3 +264,12 @@ def test_the_trainable_parameters_of_the_real_recipe() -> None:
         hf = adapters.attach(model, Adapter(method="lora+prompt", r=8, targets=["q", "v"], tokens=20), seed=0)
     every, mine = load.parameters(hf)
     assert (every, mine) == (740_047_872, 2_379_776)
+
+
+def test_a_mistyped_method_is_told_all_there_are() -> None:
+    """The names themselves, not the pattern that they are checked by."""
+    found = wording._bound(next(m for m in Adapter.model_fields["method"].metadata if hasattr(m, "pattern")))
+    names = found.split(" | ")
+    assert {"lora", "prompt", "lora+prompt", "adalora+p_tuning"} <= set(names) and len(names) == 15
+    for name in names:
+        assert Adapter(method=name).method == name

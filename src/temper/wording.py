@@ -71,4 +71,4 @@ def _bound(mark: Any) -> str:
         if isinstance(mark, kind):
             return f"{sign} {getattr(mark, name)}"
     pattern = getattr(mark, "pattern", None)
-    return " | ".join(pattern.strip("^$()").split("|")) if isinstance(pattern, str) else ""
+    return " | ".join(pattern.strip("^$()").replace("\\", "").split("|")) if isinstance(pattern, str) else ""

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from temper import hub
 from temper.errors import ModelError, nearest
@@ -40,15 +41,15 @@ def attach(
     task = task or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
     beneath = None
     if adapter.layers:
+        _check_targets(adapter, model)
         config = of_layers(adapter, model, task)
         try:
             beneath = get_peft_model(model, config)
         except ValueError as error:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
             given = adapter.targets or "all-linear"
             wanted = given if isinstance(given, str) else ", ".join(given)
             raise ModelError(
-                f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, names)
+                f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, _linear(model))
             ) from None
     if adapter.virtual is None:
         assert isinstance(beneath, PeftModel)
@@ -69,6 +70,22 @@ def attach(
     for name, weight in beneath.named_parameters():  # PEFT has just frozen all that was there
         weight.requires_grad_(any(mark in name for mark in ("lora_A", "lora_B", "lora_E", "lora_magnitude", "ia3_")))
     return adapted.over(beneath, part)  # type: ignore[arg-type]
+
+
+def _linear(model: PreTrainedModel) -> list[str]:
+    """Names that layers of a model have at their ends."""
+    kinds = (torch.nn.Linear, Conv1D)
+    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, kinds)})
+
+
+def _check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
+    """PEFT asks that one name of a list matches; of another, mistyped, nothing would be heard."""
+    if not isinstance(adapter.targets, list):
+        return
+    there = [f".{name}" for name, _ in model.named_modules()]
+    for wanted in adapter.targets:
+        if not any(name.endswith(f".{wanted}") for name in there):
+            raise ModelError(f"adapter targets: «{wanted}» matches no layer", do=nearest(wanted, _linear(model)))
 
 
 def _check_virtual(model: PreTrainedModel, adapter: Adapter, task: Task) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,8 @@ VIRTUAL = {  # methods that add virtual tokens → the keys that they take
     "p_tuning": ("tokens", "hidden"),
     "prefix": ("tokens",),
 }
-METHOD = rf"^(({'|'.join(LAYERS)})(\+({'|'.join(VIRTUAL)}))?|{'|'.join(VIRTUAL)})$"
+TOGETHER = [f"{one}+{other}" for one in LAYERS for other in VIRTUAL]
+METHOD = f"^({'|'.join(re.escape(method) for method in (*LAYERS, *VIRTUAL, *TOGETHER))})$"
 
 
 class Adapter(Config):
