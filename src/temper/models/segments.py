@@ -7,7 +7,7 @@ where a block ends where a branch does, only those that any of it sees: a comple
 share a key head are laid under one another, so that keys and values are not copied for each, and the kernel's blocks are
 larger: together a quarter less time (430 tokens, 8 heads of 64 over 2, forward and backward on two cores). Plain products
 are faster than torch's fused kernel, for which they are made if the allocator keeps its memory (`device.keep_memory`):
-forwards and backwards in float32 1.6 to 1.9 times, in bfloat16 1.8 to 2.6 times where the probabilities are kept, and 1.2 to
+forwards and backwards in float32 1.5 to 1.9 times, in bfloat16 1.8 to 2.6 times where the probabilities are kept, and 1.2 to
 1.5 and 1.2 to 1.9 times where they are computed again (448 to 4,096 keys, two cores). They are kept up to `KEPT` keys, for
 they grow with the square.
 
