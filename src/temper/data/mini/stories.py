@@ -99,6 +99,7 @@ def fact(draw: Draw, split: str | None) -> Fact:
 
 
 def story(told: Fact, draw: Draw) -> str:
+    """The fact and a sentence beside it that answers none of the questions, in either order."""
     sentences = [told.sentence, draw.pick(ASIDES)]
     return " ".join(sentences if draw.chance(0.5) else reversed(sentences))
 
