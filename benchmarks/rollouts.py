@@ -95,7 +95,7 @@ class Sampled(Answering):
         from temper.rollouts.sampler import Sampler
 
         super().__init__(work, dtype, seed)
-        device.setup("cpu", torch.get_num_threads())  # as every stage does
+        device.setup("cpu", torch.get_num_threads(), halves=dtype is torch.bfloat16)  # as every stage does
         self.sampler = Sampler(self.model, tokenizer(), end_ids=work.ends)
         assert self.sampler.layout == "native", self.sampler.reason
 

@@ -59,7 +59,7 @@ class Trees:
         from temper.models.scores import Policy
         from temper.trees import chain, group, rows_of
 
-        device.setup("cpu", torch.get_num_threads())
+        device.setup("cpu", torch.get_num_threads(), halves=half)
         self.policy, self.half = Policy(loaded()), half
         assert prove(self.policy)["layout"] == "tree"
         self.policy.train()

@@ -20,14 +20,15 @@ import psutil
 import torch
 from contest import Contest, Side
 
-# what a side loads in any case, before its memory is counted
+# What a side loads in any case, before its memory is counted. pyarrow loads pandas where it is installed, as TRL has it.
+MODEL = ["transformers", "transformers.models.qwen2.modeling_qwen2"]
 IMPORTS = {
-    "temper": ["transformers", "peft", "temper.app", "temper.stages"],
+    "temper": [*MODEL, "peft", "pandas", "pyarrow.dataset", "pyarrow.parquet", "temper.app", "temper.stages"],
     "trl": [
-        "transformers", "peft", "datasets", "trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer",
+        *MODEL, "peft", "datasets", "trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer",
         "trl.trainer.grpo_trainer",
     ],
-    "transformers": ["transformers"],
+    "transformers": MODEL,
 }  # fmt: skip
 
 

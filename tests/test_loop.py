@@ -428,7 +428,8 @@ def test_activation_checkpointing_recomputes(made: Made) -> None:
         passes.append(calls[0])
         gradients.append([p.grad for p in model.parameters()])
     assert passes[1] == 2 * passes[0] > 0
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for a, b in zip(*gradients, strict=True):  # by other sums in places: see `remade`
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 # Precision

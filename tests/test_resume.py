@@ -79,7 +79,7 @@ def started(smoke_run: Path, tmp_path: Path, *stages: str) -> Callable[[str], Pa
 def test_sft_dies_at_every_moment(forks: Workshop, smoke_run: Path, tmp_path: Path) -> None:
     """Dropout, accumulation, bf16, the best weights kept, early stopping; an older result to be set aside."""
     start = started(smoke_run, tmp_path, "corpus", "tiny", "news", "sft")
-    for lr in (0.06, 0.4, 0.45, 0.35, 0.14, 0.2, 0.1, 1.0, 0.3, 0.25, 0.15, 0.05, 0.03, 0.01):
+    for lr in (0.5, 0.06, 0.4, 0.45, 0.35, 0.14, 0.2, 0.1, 1.0, 0.3, 0.25, 0.15, 0.05, 0.03, 0.01):
         settings = {**SFT, "lr": lr, "max_steps": 10}
         how: dict[str, Any] = {"overrides": {"stages": {"sft": settings}}, "only": ["sft"]}
         unkilled = start(f"unkilled-{lr}")

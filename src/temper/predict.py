@@ -59,7 +59,7 @@ class Predictor:
         self.recipe, self.known = recipe, dict[str, Result]()
         self.earlier = list(_earlier(folder))
         self.floor = psutil.Process().memory_info().rss  # Python with torch, which this very process has imported
-        self.device = devices.setup(recipe.device, recipe.threads)
+        self.device = devices.of(recipe)
         self._rows: dict[str, Rows | None] = {}
         self._sources: dict[str, hub.Source | None] = {}
         self.problems: dict[str, TemperError] = {}  # data stages that a look at their source shows to be wrong

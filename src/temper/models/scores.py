@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from temper.models import adapted, flex, segments, seq2seq
 from temper.models.attention import Carrier, tree_mask, widened
 from temper.models.products import Halves, own_products
+from temper.models.remade import kept_less
 from temper.trees import Row, rooted, rounded
 
 Layout = Literal["tree", "padded"]
@@ -200,7 +201,7 @@ class Policy(nn.Module):
             return found if self.temperature == 1 else found / self.temperature
 
         if self.apart:
-            with own_products(self.hf, self._halves):
+            with own_products(self.hf, self._halves), kept_less(self.hf):
                 return seq2seq.states(self.hf, row, in_line=self.layout == "tree"), logits
         hidden = self._tree(model, backbone, row) if self.layout == "tree" else self._padded(backbone, row)
         return hidden, logits
@@ -217,7 +218,8 @@ class Policy(nn.Module):
         more: dict[str, Any] = {}
         if past is not None:  # seen from everywhere, and before every position
             more, mask = {"past_key_values": past}, widened(mask, virtual)
-        with own_products(self.hf, self._halves), segments.read_at(backbone, row.src, len(row.ids)):
+        reading = segments.read_at(backbone, row.src, len(row.ids))
+        with own_products(self.hf, self._halves), kept_less(self.hf), reading:
             out = backbone(
                 **adapted.given(self.hf, row.ids.view(row.lanes, -1), soft),
                 position_ids=row.pos.view(row.lanes, -1) + (virtual if past is not None else 0),
@@ -255,7 +257,7 @@ class Policy(nn.Module):
             mask[k, : virtual + len(line)] = 1
         past = adapted.past(self.hf, len(lines))
         more: dict[str, Any] = {} if past is None else {"past_key_values": past}
-        with own_products(self.hf, self._halves):
+        with own_products(self.hf, self._halves), kept_less(self.hf):
             out = backbone(**adapted.given(self.hf, ids, soft), attention_mask=mask, use_cache=False, **more)
         return out.last_hidden_state.flatten(0, 1).index_select(0, flat)
 

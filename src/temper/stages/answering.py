@@ -233,7 +233,7 @@ class Answering:
 
     def _load(self, name: str) -> Opened:
         stage, job = self.stage, self.job
-        device = devices.setup(job.recipe.device, job.recipe.threads)
+        device = devices.of(job.recipe)
         precision = devices.precision(stage.precision, device)
         dtype = devices.DTYPES[precision] if device.type == "cuda" else torch.float32
         source, trust = job.model(name), job.recipe.trust_remote_code

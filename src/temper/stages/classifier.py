@@ -54,7 +54,7 @@ class TrainClassifier(Stage, Validated):
     def run(self, job: Job) -> None:
         records = {split: labelled(job, self.data, split) for split in SPLITS}
         labels = labels_of(records)
-        device = devices.setup(job.recipe.device, job.recipe.threads)
+        device = devices.of(job.recipe)
         precision = devices.precision(self.precision, device)
         classifier = self._open(job, labels, device, precision)
         trees = {split: examples(classifier, rows, labels) for split, rows in records.items()}

@@ -47,7 +47,7 @@ class Judge:
             ModelError: it is no classifier, or has no such label.
         """
         device, trust = (
-            devices.setup(self.job.recipe.device, self.job.recipe.threads),
+            devices.of(self.job.recipe),
             self.job.recipe.trust_remote_code,
         )
         opened = Classifier.open(self.job.model(self.ref), device=device, trust_remote_code=trust)
@@ -90,7 +90,7 @@ class Rewarder:
             ModelError: it is no such model, or its labels and `label` do not fit.
         """
         recipe = self.job.recipe
-        device = devices.setup(recipe.device, recipe.threads)
+        device = devices.of(recipe)
         opened = RewardModel.open(
             self.job.model(self.ref), label=self.label, device=device, trust_remote_code=recipe.trust_remote_code
         )

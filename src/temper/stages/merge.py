@@ -78,7 +78,7 @@ class Merge(Stage):
             job.facts["written_as"] = written
 
     def _fold(self, job: Job, ref: str) -> None:
-        device = devices.setup(job.recipe.device, job.recipe.threads)
+        device = devices.of(job.recipe)
         source = job.model(ref)
         hf, notices = adapters.open_model(source, device=device, trust_remote_code=job.recipe.trust_remote_code)
         if not isinstance(hf, PeftModel):

@@ -74,7 +74,7 @@ class Pretrain(Stage, Validated):
             train_tokenizer([r.row["text"] for r in records], self.shape).save_pretrained(beside)
             os.rename(beside, made)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(made)
-        device = devices.setup(job.recipe.device, job.recipe.threads)
+        device = devices.of(job.recipe)
         precision = devices.precision(self.precision, device)
         policy = Policy(fresh(self.shape, tokenizer, job.seed).to(device))  # type: ignore[arg-type]
         if (attention := load.suited(policy.inner.config, "auto", device)) != "auto":

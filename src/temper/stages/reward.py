@@ -17,7 +17,7 @@ from temper.data.chat import Format
 from temper.engine import device as devices
 from temper.engine.batches import Batches
 from temper.engine.loop import Loop
-from temper.engine.settings import Validated
+from temper.engine.settings import Validated, at_once
 from temper.errors import ModelError, RecipeError
 from temper.hub import Source
 from temper.job import Job
@@ -66,6 +66,7 @@ class TrainReward(Stage, Validated):
     longer: Literal["drop", "cut"] = detail(
         "drop", "Texts longer than the model's context: drop (with the pair, counted), or cut to their beginnings."
     )
+    micro_tokens: int = at_once(1024)
     dropout: bool = detail(False, "Keep the model's own dropout while training.")
     adapter: Adapter | None = detail(None, "Train an adapter and the head instead of the whole model; it is folded in.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
@@ -86,7 +87,7 @@ class TrainReward(Stage, Validated):
         source = job.model(self.model)
         tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
         texts = self._texts(job, records, tokenizer)
-        device = devices.setup(job.recipe.device, job.recipe.threads)
+        device = devices.of(job.recipe)
         precision = devices.precision(self.precision, device)
         model = self._open(job, source, tokenizer, device, precision)
         data, notes = self._coded(job, model, texts)

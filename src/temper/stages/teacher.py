@@ -74,7 +74,7 @@ class Local:
         precision: devices.Precision, attention: load.Attention, batch_size: int,
     ) -> None:  # fmt: skip
         self.name, self.decoding, self.seed = ref, decoding, job.seed
-        self.device = devices.setup(job.recipe.device, job.recipe.threads)
+        self.device = devices.of(job.recipe)
         self.precision = devices.precision(precision, self.device)
         source, trust = job.model(ref), job.recipe.trust_remote_code
         self.tokenizer = load.tokenizer(source, trust_remote_code=trust)

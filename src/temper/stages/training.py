@@ -89,7 +89,7 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
     Args:
         length: tokens of the longest example, for the probe of the tree pass.
     """
-    device = devices.setup(job.recipe.device, job.recipe.threads)
+    device = devices.of(job.recipe)
     precision = devices.precision(stage.precision, device)
     source = job.model(stage.model)
     tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)

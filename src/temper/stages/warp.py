@@ -96,7 +96,7 @@ class Warp(Rl):
             )
 
     def run(self, job: Job) -> None:
-        devices.setup(job.recipe.device, job.recipe.threads)
+        devices.of(job.recipe)
         start = job.dir / "starts" / "0"
         sealed(start, functools.partial(self._first, job))
         notes: list[dict[str, Any]] = []
