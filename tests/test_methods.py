@@ -21,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from temper import hub, wording
+from temper import hub, shapes, wording
 from temper.errors import ModelError
 from temper.models import adapted, adapters, load
 from temper.models.adapters import Adapter
@@ -29,6 +29,7 @@ from temper.models.proof import prove
 from temper.models.scores import Policy
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
+from temper.stages import pretrain
 from temper.trees import group, join
 from test_chat import small
 from tiny_models import VOCABULARY, build
@@ -213,6 +214,37 @@ def test_more_virtual_tokens_than_the_context(tmp_path: Path) -> None:
     model, _ = load.model(folder_of("llama", tmp_path / "base"))
     with pytest.raises(ModelError, match="leave no room in a context of 128"):
         adapters.attach(model, Adapter(method="prompt", tokens=128), seed=0)
+
+
+def test_a_t5_has_no_end_of_positions_and_says_how_far_it_was_trained(tmp_path: Path) -> None:
+    shape = pretrain.Shape(family="t5", vocabulary=300, hidden=32, layers=1, heads=2, context=40)
+    model = pretrain.fresh(shape, shapes._Vocabulary(300), seed=0)
+    model.save_pretrained(tmp_path / "base")
+    again, _ = load.model(hub.Source(str(tmp_path / "base")))
+    with pytest.raises(ModelError, match="leave no room in a context of 40"):
+        adapters.attach(again, Adapter(method="prompt", tokens=40), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("lora", "lora, rank 4, alpha 8, on 8 layers (q, v)"),
+        ("adalora", "adalora, ranks 6 to begin with and 4 on average at the end, alpha 8, on 8 layers (q, v)"),
+        ("prompt", "prompt tuning, 5 virtual tokens"),
+        ("lora+prompt", "lora, rank 4, alpha 8, on 8 layers (q, v) + prompt tuning, 5 virtual tokens"),
+    ],
+)
+def test_an_adapter_in_words(method: str, said: str) -> None:
+    layers = {} if method == "prompt" else {"r": 4, "targets": ["q", "v"]}
+    tokens = {"tokens": 5} if "prompt" in method else {}
+    model = build("t5")
+    assert adapters.described(model) is None
+    attached = adapters.attach(model, Adapter(method=method, **layers, **tokens), seed=0)
+    assert adapters.described(attached) == said.replace("8 layers", f"{_many(model)} layers")
+
+
+def _many(model: Any) -> int:
+    return sum(name.rsplit(".", 1)[-1] in ("q", "v") for name, _ in model.named_modules())
 
 
 def test_a_classifier_takes_no_virtual_tokens(tmp_path: Path) -> None:

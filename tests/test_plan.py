@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import temper.stages  # noqa: F401  fills the registry
 from temper import pipeline, plan, recipe, shapes
-from temper.errors import DataError
+from temper.errors import DataError, ModelError
 from temper.hub import Source, bytes_to_fetch
 from temper.models.methods import Adapter
 from temper.pipeline import Choice
@@ -220,3 +221,22 @@ def test_answers_to_one_prompt_are_counted(smoke: recipe.Recipe, smoke_run: Path
                   RunFolder(smoke_run)).cost("compare") for k in (1, 4)
     )  # fmt: skip
     assert once.seconds and four.seconds == pytest.approx(4 * once.seconds)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"targets": ["q_prj"]}, "did you mean «q_proj»?"),
+        ({"method": "prompt", "tokens": 100_000}, "leave no room in a context of"),
+    ],
+)
+def test_an_adapter_that_the_model_cannot_take_is_told_by_plan_as_by_run(
+    adapter: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    loaded = own_recipe(tmp_path, tiny_model)
+    loaded.stages["sft"] = loaded.stages["sft"].model_copy(update={"adapter": Adapter(**adapter)})
+    steps = {s.name: s for s in plan.make(loaded, tmp_path / "run", Choice())}
+    assert not steps["qa"].problem and steps["sft"].problem and said in steps["sft"].reason
+    with pytest.raises(ModelError) as stopped:
+        pipeline.run(loaded, tmp_path / "run", quiet=True)
+    assert steps["sft"].reason.startswith(stopped.value.what)

@@ -358,7 +358,7 @@ def test_the_same_run_gives_the_same_bytes_and_nothing_beside(finished: Path, tm
 def test_markdown_tables_are_tables(finished: Path) -> None:
     text = (finished / "report" / "report.md").read_text("utf-8")
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 5  # results, comparisons, spread, rows of the data, cost
+    assert len(blocks) == 6  # results, comparisons, spread, rows of the data, cost, what was really used
     for block in blocks:
         widths = {line.replace("\\|", "").count("|") for line in block}
         assert len(widths) == 1, block

@@ -101,6 +101,6 @@ def test_in_a_run_and_on_its_page(tiny_model: Path, tmp_path: Path) -> None:
     assert "nats, p = " in page and "<sub>" in page and "<script>" not in page.partition("<body")[2]
     used = {name: json.loads((run / name / "stage.json").read_text("utf-8")) for name in ("small", "sft")}
     assert [used[n]["facts"]["activation_checkpointing"] for n in used] == [True, False]
-    assert "layout tree, activation checkpointing on" in used["small"]["summary"]
+    assert "layout tree: " in used["small"]["summary"] and "activation checkpointing on" in used["small"]["summary"]
     assert "activation checkpointing off" in used["sft"]["summary"]
     assert "validation: 2 times, every 2 steps, on all 8 examples" in used["sft"]["summary"]

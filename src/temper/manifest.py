@@ -62,10 +62,16 @@ def hardware(threads: int | None = None) -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": cores,
-        "threads": threads or cores,
+        "threads": threads or _threads(cores),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [],
     }
+
+
+def _threads(cores: int) -> int:
+    """How many torch takes where nobody says: the environment's OMP_NUM_THREADS, else all cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else cores
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

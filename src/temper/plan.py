@@ -51,23 +51,27 @@ def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
     for name in choice.wanted(recipe):
         kind = recipe.stages[name].kind
         needed = recipes.dependencies(recipe, name)
+        problem: TemperError | None = None
         try:
             if all(n in keys for n in needed):
                 keys[name] = pipeline.key_of(recipe, name, keys)
         except TemperError as error:
-            steps.append(Step(name, kind, STOPS, _said(error), predictor.cost(name)))
-            continue
+            problem = error
         found = target.recorded(name, keys[name]) if name in keys and name not in choice.force else None
         if found:
             predictor.known[name] = found
             aside = "" if found.path.name == name else f"it was set aside as {found.path.name} and is taken back"
             steps.append(Step(name, kind, CACHED, aside, Cost()))
             continue
-        cost = predictor.cost(name)
-        if name in predictor.problems:
-            steps.append(Step(name, kind, STOPS, _said(predictor.problems[name]), cost))
-            continue
-        steps.append(Step(name, kind, *_why(recipe, name, target, keys, forced=name in choice.force), cost))
+        cost = Cost()
+        try:
+            cost = predictor.cost(name)
+        except TemperError as error:  # an adapter that the model cannot take
+            problem = problem or error
+        if problem := problem or predictor.problems.get(name):
+            steps.append(Step(name, kind, STOPS, _said(problem), cost))
+        else:
+            steps.append(Step(name, kind, *_why(recipe, name, target, keys, forced=name in choice.force), cost))
     return steps
 
 

@@ -262,7 +262,8 @@ class Predictor:
             inner = Predictor(trial, RunFolder(Path()))
             inner.known, inner.earlier, inner._rows = self.known, self.earlier, dict(self._rows)
             names = stage.affected(trial)
-            each += [inner.cost(name) for name in names]
+            with contextlib.suppress(TemperError):  # a trial that will fail takes next to nothing
+                each += [inner.cost(name) for name in names]
         basis = f"{n} trials of {', '.join(names)}, at most: what is there already is taken"
         if unknown := next((c.basis for c in each if c.seconds is None), None):
             basis = f"{n} trials of {', '.join(names)}; {unknown}"

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from temper.data.card import read_rows
 from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.errors import ModelError
-from temper.models import load
+from temper.models import adapters, load
 from temper.models.methods import Adapter
 from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
@@ -38,24 +39,30 @@ LOOKED_AT = 200  # rows made or drawn to see how long they are
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a model's arithmetic and memory depend on. `linear` are the (in, out) of its matrices but the head."""
+    """What a model's arithmetic and memory depend on. `linear` are the (in, out) of its matrices but the head; `make` makes
+    the model without its weights."""
 
     parameters: int
     linear: tuple[tuple[int, int], ...]
     hidden: int
     layers: int
     vocabulary: int
+    make: Callable[[], Any] = dataclasses.field(compare=False, repr=False)
 
     @property
     def matrices(self) -> int:
         return sum(a * b for a, b in self.linear)
 
     def adapter(self, adapter: Adapter) -> int:
-        """Parameters of an adapter on all of `linear`; a network that makes virtual tokens counts as what it makes."""
-        rank = {"lora": adapter.r, "adalora": adapter.first_r or adapter.r * 3 // 2}.get(adapter.layers or "", 0)
-        scales = 3 * self.layers * self.hidden * (adapter.layers == "ia3")
-        virtual = adapter.tokens * self.hidden * (2 * self.layers if adapter.virtual == "prefix" else 1)
-        return sum(rank * (a + b) for a, b in self.linear) + scales + virtual * (adapter.virtual is not None)
+        """Parameters of an adapter on this model.
+
+        Raises:
+            ModelError: the model cannot take it.
+        """
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, of weights that are not there
+            hf = adapters.attach(self.make(), adapter.model_copy(update={"text": None}), seed=0)
+        return sum(p.numel() for p in hf.parameters() if p.requires_grad)
 
 
 class _Vocabulary:
@@ -79,8 +86,7 @@ def size_of_pretrained(stage: Pretrain) -> Size:
     >>> size.parameters, size.adapter(Adapter(r=16)), size.adapter(Adapter(method="lora+prompt", r=16))
     (183616, 40960, 42240)
     """
-    with torch.device("meta"):
-        return _size(fresh(stage.shape, _Vocabulary(stage.shape.vocabulary), seed=0))
+    return _size(lambda: fresh(stage.shape, _Vocabulary(stage.shape.vocabulary), seed=0))
 
 
 def size_of_source(source: hub.Source, *, trust_remote_code: bool = False) -> Size:
@@ -91,18 +97,19 @@ def size_of_source(source: hub.Source, *, trust_remote_code: bool = False) -> Si
     """
     config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return _size(lambda: kind.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def _size(make: Callable[[], Any]) -> Size:
     with torch.device("meta"):
-        return _size(kind.from_config(config, trust_remote_code=trust_remote_code))
-
-
-def _size(model: Any) -> Size:
+        model = make()
     head = model.get_output_embeddings()
     linear = tuple(
         (m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear) and m is not head
     )
     config = model.config.get_text_config()
     every = sum(p.numel() for p in model.parameters())
-    return Size(every, linear, config.hidden_size, config.num_hidden_layers, config.vocab_size)
+    return Size(every, linear, config.hidden_size, config.num_hidden_layers, config.vocab_size, make)
 
 
 def training_flops(

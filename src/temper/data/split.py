@@ -101,7 +101,11 @@ def _key(record: Record, group: str | None) -> str:
     row = record.row
     if group is not None:
         if group not in row:
-            raise DataError(f"there is no column «{group}» to group by", where=record.where, do=nearest(group, row))
+            raise DataError(
+                f"there is no column «{group}» to group by",
+                where=record.where,
+                do=f"{nearest(group, row)}; other columns of the source are there if `keep` names them",
+            )
         return canonical({"group": row[group]})
     prompt = prompt_of(row)
     if prompt is not None:

@@ -48,8 +48,10 @@ def attach(
         except ValueError as error:
             given = adapter.targets or "all-linear"
             wanted = given if isinstance(given, str) else ", ".join(given)
+            # PEFT's sentence repeats the targets where that is what is wrong, and tells of the fault where it is another
+            why = "" if "not found in the base model" in str(error) else f" ({str(error).splitlines()[0][:120]})"
             raise ModelError(
-                f"adapter targets «{wanted}» match no layer ({str(error)[:120]})", do=nearest(wanted, _linear(model))
+                f"adapter targets «{wanted}» match no layer{why}", do=nearest(wanted, _linear(model))
             ) from None
     if adapter.virtual is None:
         assert isinstance(beneath, PeftModel)
@@ -70,6 +72,30 @@ def attach(
     for name, weight in beneath.named_parameters():  # PEFT has just frozen all that was there
         weight.requires_grad_(any(mark in name for mark in ("lora_A", "lora_B", "lora_E", "lora_magnitude", "ia3_")))
     return adapted.over(beneath, part)  # type: ignore[arg-type]
+
+
+def described(hf: Any) -> str | None:
+    """What is on a model, in words: methods, ranks, which layers, how many virtual tokens; None of a model without adapters."""
+    said = []
+    for part in adapted.parts(hf):
+        config: Any = part.active_peft_config
+        layers = [n for n, m in part.named_modules() if isinstance(m, BaseTunerLayer)]
+        words = [adapted.kind(part).value.lower().replace("_", " ")]
+        if (rank := getattr(config, "init_r", None)) is not None and hasattr(config, "target_r"):
+            words.append(f"ranks {rank} to begin with and {config.target_r} on average at the end")
+        elif (rank := getattr(config, "r", None)) is not None:
+            words.append(f"rank {rank}")
+        if (alpha := getattr(config, "lora_alpha", None)) is not None:
+            words.append(f"alpha {alpha:g}")
+        words += [
+            name for on, name in (("use_rslora", "rank-stabilised"), ("use_dora", "DoRA")) if getattr(config, on, False)
+        ]
+        if (tokens := getattr(config, "num_virtual_tokens", None)) is not None:
+            words.append(f"{tokens} virtual tokens")
+        else:
+            words.append(f"on {len(layers)} layers ({', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers}))})")
+        said.append(", ".join(words))
+    return " + ".join(said) or None
 
 
 def _linear(model: PreTrainedModel) -> list[str]:
@@ -94,7 +120,8 @@ def _check_virtual(model: PreTrainedModel, adapter: Adapter, task: Task) -> None
             f"classifiers and reward models take adapters that change layers, and {adapter.virtual} adds tokens",
             do="choose method lora, adalora or ia3",
         )
-    context = load.context(model)
+    # a T5's positions have no end; it says how far it was trained to look
+    context = load.context(model) or getattr(model.config, "n_positions", None)
     if context is not None and adapter.tokens >= context:
         raise ModelError(
             f"{adapter.tokens} virtual tokens leave no room in a context of {context} tokens",

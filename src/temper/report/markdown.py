@@ -23,7 +23,7 @@ def escape(text: str) -> str:
 def of_run(run: Run) -> str:
     """The report of one run."""
     m = run.manifest
-    facts = [f"profile {m.profile}" if m.profile else "no profile", phrases.moment(m.created)]
+    facts = [phrases.profiled(m.profile), phrases.moment(m.created)]
     parts = [f"# {escape(m.recipe or run.name)}", escape(" · ".join(fact for fact in facts if fact))]
     parts.append(_state(run))
     for name, evaluation in run.evaluations.items():
@@ -46,6 +46,8 @@ def of_run(run: Run) -> str:
         if stage.card:
             parts += [f"## Data: {escape(stage.name)}", table(tables.rows_table(stage.card))]
     parts += ["## Cost", table(tables.cost_table(run))]
+    if used := tables.facts_tables(run):
+        parts += ["## What was really used", *map(table, used)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

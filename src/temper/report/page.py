@@ -67,7 +67,12 @@ def _page(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": phrases.size, "duration": phrases.duration, "moment": phrases.moment}
-    environment.filters |= {"plain": tables.plain, "count": phrases.count, "compact": phrases.compact}
+    environment.filters |= {
+        "plain": tables.plain,
+        "count": phrases.count,
+        "compact": phrases.compact,
+        "profiled": phrases.profiled,
+    }
     style = Markup((HERE / "page.css").read_text("utf-8"))
     return environment.get_template(template).render(style=style, **context)
 

@@ -15,6 +15,18 @@ ALPHA = 0.05  # of the p values adjusted by Holm
 NONE = "–"
 
 
+def profiled(profile: str | None) -> str:
+    """What kind of run this was, by its profile.
+
+    >>> profiled("mini"), profiled(None)
+    ('profile mini', 'no profile')
+    """
+    if not profile:
+        return "no profile"
+    rehearsal = ": a rehearsal, too small to tell which model is better" if profile == "smoke" else ""
+    return f"profile {profile}{rehearsal}"
+
+
 def decimals(intervals: list[tuple[float | None, float | None]]) -> int:
     """Places that show two digits of the median half-width, and at most three of the widest: more would be noise.
 

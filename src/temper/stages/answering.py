@@ -37,6 +37,11 @@ Columns = dict[str, Any]  # of `Outputs`, as JSON holds them
 NO_LIMIT = 10**9
 
 
+def entry_of(model: str, way: str) -> str:
+    """What a model that decodes in a way is called in an evaluation."""
+    return f"{model}, {way}" if way else model
+
+
 class Answering:
     """Asks the models of one evaluation.
 
@@ -115,10 +120,10 @@ class Answering:
                 out["classifier"] = self.toxicity.name
             if (cut := out["ended"].count(False)) > len(self.records) / 2:
                 self.job.warn(
-                    f"{cut} of {len(self.records)} answers of {name} were cut by max_new_tokens "
+                    f"{cut} of {len(self.records)} answers of {entry_of(name, way)} were cut by max_new_tokens "
                     f"({decoding.max_new_tokens}): scores of half sentences, or a model that never learnt to stop"
                 )
-            for odd in summary.oddities(name, scoring.outputs_of(out)):
+            for odd in summary.oddities(entry_of(name, way), scoring.outputs_of(out)):
                 self.job.warn(odd)
         return out
 

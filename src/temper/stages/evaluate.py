@@ -21,14 +21,9 @@ from temper.rollouts.decoding import Decoding
 from temper.runfolder import write_json
 from temper.stages import compare, duel, elsewhere, scoring, summary
 from temper.stages import judge as judging
-from temper.stages.answering import Answering
+from temper.stages.answering import Answering, entry_of
 from temper.stages.seen import seen_before
 from temper.types import Outputs, Record, Scores
-
-
-def entry_of(model: str, way: str) -> str:
-    """What a model that decodes in a way is called in an evaluation."""
-    return f"{model}, {way}" if way else model
 
 
 class Expectation(Config):

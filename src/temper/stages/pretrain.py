@@ -168,6 +168,7 @@ def fresh(shape: Shape, tokenizer: Any, seed: int) -> LlamaForCausalLM | T5ForCo
                 d_ff=shape.intermediate or -(-shape.hidden * 8 // 3 // 32) * 32,
                 num_layers=shape.layers,
                 num_heads=shape.heads,
+                n_positions=shape.context,  # type: ignore[call-arg]
                 dropout_rate=0.0,
                 feed_forward_proj="gated-gelu",
                 pad_token_id=tokenizer.pad_token_id,

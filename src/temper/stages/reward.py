@@ -181,7 +181,7 @@ class TrainReward(Stage, Validated):
             proof = model.settle(self.layout, longest)
         text = str(proof["reason"])
         if proof.get("difference") is not None:
-            text += f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})"
+            text += f" (scores differ by at most {proof['difference']:.1e}; by {proof['control']:.1e} if the mask were wrong)"
         note_used(job, model, precision, text)
 
     def _loop(

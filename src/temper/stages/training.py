@@ -141,7 +141,7 @@ def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.dev
             )
     text = proof["reason"]
     if proof.get("difference") is not None:
-        text += f" (largest difference {proof['difference']:.1e}; a wrong mask differs by {proof['control']:.1e})"
+        text += f" (log-probabilities differ by at most {proof['difference']:.1e}; by {proof['control']:.1e} if the mask were wrong)"
     note_used(job, policy, precision, text)
 
 
@@ -221,6 +221,8 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
         shown: one example.
     """
     f, c = job.facts, job.counts
+    if (adapter := adapters.described(loop.policy.hf)) is not None:
+        f["adapter"] = adapter
     share = c["trainable_parameters"] / c["parameters"]
     epochs = loop.steps / loop.batches.per_epoch
     part = "" if epochs >= 1 else ": part of the data is not seen"
@@ -229,8 +231,9 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
         f"one optimiser step: {step}",
         f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({_named(loop.training.schedule)})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
-        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, layout {f['layout']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
-        f"proof: {f['proof']}",
+        *([f"adapter: {f['adapter']}"] if "adapter" in f else []),
+        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
+        f"layout {f['layout']}: {f['proof']}",
         f"predicted: about {_duration(cost[0])} and {cost[1] / 1e9:.1f} GB",
         "one example, the trained part in ⟦ ⟧:",
         *(f"  {line}" for line in shown.splitlines()),
