@@ -18,7 +18,7 @@ from temper.models.scores import Policy
 from temper.rollouts import memory, native, proof
 from temper.rollouts.decoding import Completion, Decoding
 from temper.rollouts.sampler import Sampler
-from temper.trees import group, join
+from temper.trees import group, join, rounded
 from tiny_models import PADDED, TREES, VOCABULARY, WINDOW, build, sharpen, warmed
 
 NATS = 1e-4
@@ -360,3 +360,16 @@ def test_progress_counts_completions() -> None:
         done: list[int] = []
         sampler.sample(prompts(5, 9), SAMPLED, completions=4, progress=done.append)
         assert sum(done) == 8
+
+
+def test_a_prefill_computes_the_last_layer_only_where_it_is_read() -> None:
+    model, asked = build("llama"), prompts(9, 4, 30)
+    seen: dict[str, list[int]] = {"first": [], "last": []}
+    for name, layer in (("first", model.model.layers[0]), ("last", model.model.layers[-1])):
+        layer.mlp.act_fn.register_forward_hook(lambda _, given, out, name=name: seen[name].append(out[..., 0].numel()))
+    sampler = Sampler(model, tokenizer(), end_ids=[])
+    for some in seen.values():
+        some.clear()
+    sampler.sample(asked, Decoding(max_new_tokens=2, temperature=1.0), seed=3)
+    width = rounded(30, memory.ROUND)
+    assert sampler.layout == "native" and seen == {"first": [3 * width, 3], "last": [3, 3]}

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from temper.models import segments
 from temper.models.products import sent
 from temper.models.scores import head_of
 from temper.rollouts import memory as memories
@@ -154,21 +155,23 @@ class _Decoder:
         width = rounded(max(len(p.ids) for p in prompts), ROUND)
         # Filled up with its last token: some models warn of padding tokens where they see one.
         ids = torch.tensor([[*p.ids, *[p.ids[-1]] * (width - len(p.ids))] for p in prompts])
+        last = torch.tensor([n * width + len(p.ids) - 1 for n, p in enumerate(prompts)], device=self.device)
         self.switch(False)
         self.memory.filling = [p.place for p in prompts]
         try:
-            # No mask: tokens see none that come after them, padding on the right included.
-            hidden = self.backbone(
-                input_ids=ids.to(self.device),
-                position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
-                past_key_values=self.memory,
-                use_cache=True,
-            ).last_hidden_state
+            # No mask: tokens see none that come after them, padding on the right included. Of the last layer all but keys
+            # and values is computed where the first tokens are read off, and nowhere else.
+            with segments.read_at(self.backbone, last, ids.numel()):
+                hidden = self.backbone(
+                    input_ids=ids.to(self.device),
+                    position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
+                    past_key_values=self.memory,
+                    use_cache=True,
+                ).last_hidden_state
         finally:
             self.memory.filling = None
             self.switch(True)
-        last = torch.tensor([len(p.ids) - 1 for p in prompts], device=self.device)
-        logits = self._logits(hidden[torch.arange(len(prompts), device=self.device), last])
+        logits = self._logits(hidden.flatten(0, 1).index_select(0, last))
         owner = torch.tensor([n for n, p in enumerate(prompts) for _ in p.drafts], device=self.device)
         drafts = [d for p in prompts for d in p.drafts]
         seen = None
