@@ -12,6 +12,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from ruamel.yaml import YAML
@@ -115,7 +117,10 @@ class Reader:
             words = [*words[:2], "--profile", "smoke"]
         if words[0] == "prune":
             words = [*words, "--yes"]
-        code = main(words)
+        with contextlib.ExitStack() as stack:
+            if words[0] == "chat":
+                stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO("Що нового?\n/help\n")))
+            code = main(words)
         out, err = self.capsys.readouterr()
         assert code == 0, f"{where}: temper {shlex.join(words)}\n{out}\n{err}"
         assert out.strip()

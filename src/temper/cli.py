@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not debug:  # what matters in what libraries log is checked and said by Temper
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(args=spread(words), prog_name="temper")
     except SystemExit as stop:
@@ -317,6 +319,38 @@ def prune(
         for path in aside:
             shutil.rmtree(path)
         typer.echo(f"deleted {len(aside)} folders, {terminal.size(sum(sizes))}")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A stage's folder, such as runs/NAME/sft, a model's, or a hub id.")],
+    adapter: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="An adapter for /adapter to put on; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this probability together.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Talk with a model. /help inside says what can be done there."""
+    from temper import chat as chats
+    from temper.rollouts.decoding import Decoding
+
+    form = chats.form_of(model)
+    if system is not None:
+        form = form.model_copy(update={"system": system})
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    talk = chats.opened(model, adapter or [], form=form, decoding=decoding, seed=seed, device=device)
+    for notice in talk.notices:
+        terminal.tell(notice, head="note")
+    there = sys.stdin.isatty()
+    if there:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lines can be edited
+        terminal.say(f"{model}: {talk.encoder.description}. /help says what can be done, Ctrl-D ends.")
+    write = lambda text: (sys.stdout.write(text), sys.stdout.flush())  # noqa: E731
+    chats.converse(talk, lambda: input("> " if there else ""), write)
 
 
 @app.command()

@@ -50,7 +50,7 @@ def adamw_8bit(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: f
         raise ModelError(
             "adamw_8bit needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw"
         ) from None
-    return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps)
+    return bitsandbytes.optim.adamw.AdamW8bit(groups, betas=betas, eps=eps)
 
 
 def groups(named: Iterable[tuple[str, torch.nn.Parameter]], lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from temper import hub
 from temper.errors import ModelError, nearest
-from temper.models import adapted, load
+from temper.models import adapted, load, quantized
 from temper.models.methods import Adapter, Task, begin_as, of_layers, of_tokens
 from temper.runfolder import write_json
 
@@ -141,16 +141,25 @@ def _without_warnings() -> Iterator[None]:
 
 
 def save(
-    model: PeftModel, folder: Path, base: hub.Source, *, stage: str | None, identity: str, ends: Iterable[int] = ()
+    model: PeftModel,
+    folder: Path,
+    base: hub.Source,
+    *,
+    stage: str | None,
+    identity: str,
+    ends: Iterable[int] = (),
+    quantize: quantized.Held | None = None,
 ) -> None:
     """PEFT's files, and `temper.json` with the base they belong to; of a combination each in a folder of its own, by the
     method's name.
 
     `stage` names the stage of the same run whose model the base is, so that a run folder can be moved; `ends` are the
-    end tokens trained on, which a merge writes into the model's generation settings.
+    end tokens trained on, which a merge writes into the model's generation settings; `quantize` is how the base was held.
     """
     named = {"name": base.name, "revision": base.revision, "adapters": list(base.adapters), "stage": stage}
     note: dict[str, Any] = {"base": named, "base_identity": identity, "ends": sorted(ends)}
+    if quantize is not None:
+        note["quantize"] = quantize
     parts = adapted.parts(model)
     names = [adapted.kind(part).value.lower() for part in parts]
     for part, name in zip(parts, names, strict=True):
@@ -247,9 +256,20 @@ def open_model(
     attention: load.Attention = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    packed: bool | None = None,
 ) -> tuple[Any, list[str]]:
-    """A model with its adapters on it, and notices."""
+    """A model with its adapters on it, and notices. A base that was held in few bits when the adapter trained is rounded
+    as it was then.
+
+    Args:
+        packed: such a base stays in few bits, or its weights are written out in full; None: as suits the device.
+    """
+    held = quantized.held_as(source.adapters[0]) if source.adapters else None
     base, notices = load.model(
-        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code
+        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, quantize=held
     )
+    if packed is None:  # LLM.int8 rounds what goes into a layer too: written out it would be another function
+        packed = held == "int8" or torch.device(device).type == "cuda"
+    if held and not packed:
+        base = quantized.written_out(base, dtype)
     return put_on(base, source), notices

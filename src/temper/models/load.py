@@ -23,6 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from temper.errors import ModelError
 from temper.hub import Source
+from temper.models import quantized
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
@@ -73,12 +74,16 @@ def model(
     attention: Attention = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    quantize: quantized.Held | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A causal language model or an encoder–decoder without its adapters, and notices worth telling.
 
     Raises:
-        ModelError: missing or unreadable weights, remote code.
+        ModelError: missing or unreadable weights, remote code; bitsandbytes is not installed.
     """
+    more: dict[str, Any] = {}
+    if quantize is not None:
+        more = {"quantization_config": quantized.configuration(quantize, dtype), "device_map": {"": str(device)}}
     config = configuration(source, trust_remote_code=trust_remote_code)
     attention = suited(config, attention, device)
     loaded, info, notices = weights(
@@ -88,6 +93,7 @@ def model(
         dtype=dtype,
         attention=attention,
         trust_remote_code=trust_remote_code,
+        **more,
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -99,6 +105,8 @@ def model(
         notices.append(
             f"{len(info['unexpected_keys'])} weights of {source.name} belong to no part of the language model and are left out"
         )
+    if quantize is not None:  # it is there already
+        return quantized.as_trained(loaded), notices
     loaded.to(device)  # type: ignore[arg-type]
     return loaded, notices
 
@@ -226,7 +234,8 @@ def save(hf: PreTrainedModel, tok: Any, folder: Path, *, ends: set[int] | None =
 
 def parameters(hf: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters."""
-    return sum(p.numel() for p in hf.parameters()), sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    every = sum(quantized.count(p) for p in hf.parameters())
+    return every, sum(p.numel() for p in hf.parameters() if p.requires_grad)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,10 +81,16 @@ class Completion:
 
 
 class Draft:
-    """A completion while it is written."""
+    """A completion while it is written. `heard` is called with its tokens so far, whenever there is one more."""
 
-    def __init__(self, decoding: Decoding, ends: frozenset[int], tokenizer: Any) -> None:
-        self.decoding, self.ends, self.tokenizer = decoding, ends, tokenizer
+    def __init__(
+        self,
+        decoding: Decoding,
+        ends: frozenset[int],
+        tokenizer: Any,
+        heard: Callable[[Sequence[int]], Any] | None = None,
+    ) -> None:
+        self.decoding, self.ends, self.tokenizer, self.heard = decoding, ends, tokenizer, heard
         self.ids: list[int] = []
         self.logps: list[float] = []
         self.raw: list[float] = []
@@ -104,6 +110,8 @@ class Draft:
             self._finish(len(self.ids), end=token)
             return True
         self.ids.append(token)
+        if self.heard is not None:
+            self.heard(self.ids)
         if self.decoding.stop and self._stopped():
             return True
         if len(self.ids) == self.decoding.max_new_tokens:

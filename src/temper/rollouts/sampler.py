@@ -57,6 +57,7 @@ class Sampler:
         step: int = 0,
         numbers: Sequence[int] | None = None,
         progress: Callable[[int], Any] | None = None,
+        heard: Callable[[Sequence[int]], Any] | None = None,
     ) -> list[list[Completion]]:
         """`completions` answers to every prompt, in their order.
 
@@ -68,6 +69,7 @@ class Sampler:
         Args:
             numbers: one a prompt; by default its index.
             progress: called with a number of newly finished completions.
+            heard: called with the tokens so far of the completion that grew; useful with one completion. Not by beams.
 
         Raises:
             DataError: an empty prompt.
@@ -79,7 +81,7 @@ class Sampler:
         asked = [(i, k) for i in range(len(prompts)) for k in range(completions)]
         length = decoding.max_new_tokens
         noise = np.stack([uniforms(length, seed, step, named[i], k) for i, k in asked]) if asked else np.zeros((0, 0))
-        drafts = [Draft(decoding, self.ends, self.tokenizer) for _ in asked]
+        drafts = [Draft(decoding, self.ends, self.tokenizer, heard) for _ in asked]
         with _evaluating(self.hf):
             self._decode([prompts[i] for i, _ in asked], noise, drafts, progress)
         done = [d.done for d in drafts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from temper.engine.loop import Loop
 from temper.engine.settings import Training
 from temper.errors import DataError
 from temper.job import Job
-from temper.models import adapted, adapters, load
+from temper.models import adapted, adapters, load, quantized
 from temper.models.adapters import Adapter
 from temper.models.proof import check_causal, prove
 from temper.models.scores import Policy
@@ -38,6 +39,10 @@ class TrainingStage(Stage, Training):
 
     model: ModelRef = detail("base", "What is trained: a stage, base, a folder, or a hub id (id@revision).")
     adapter: Adapter | None = detail(None, "Train an adapter instead of the whole model.")
+    quantize: quantized.Held | None = detail(
+        None,
+        "Hold the frozen base of an adapter in 4 bits (nf4, with its scales quantised too) or 8 (int8); needs the extra bnb.",
+    )
     merge: bool = detail(False, "Fold the adapter into the base at the end; the adapter is saved too.")
     attention: load.Attention = detail("auto", "auto, sdpa, eager or flash_attention_2.")
     layout: str = detail(
@@ -61,6 +66,8 @@ class TrainingStage(Stage, Training):
             raise ValueError(
                 f"merge folds an adapter into weights, and virtual tokens ({self.adapter.virtual}) are no part of any"
             )
+        if self.quantize and self.adapter is None:
+            raise ValueError(f"quantize: {self.quantize} is for the frozen base of an adapter, and there is no adapter")
         return self
 
 
@@ -96,9 +103,21 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
     # Trained weights are float32: in bf16 most of a small update rounds away. A frozen base may be half.
     frozen_half = stage.adapter is not None and precision != "float32" and device.type == "cuda"
     dtype = devices.DTYPES[precision] if frozen_half else torch.float32
-    hf, notices = adapters.open_model(
-        source, dtype=dtype, attention=stage.attention, device=device, trust_remote_code=job.recipe.trust_remote_code
-    )
+    how: dict[str, Any] = {
+        "attention": stage.attention,
+        "device": device,
+        "trust_remote_code": job.recipe.trust_remote_code,
+    }
+    if stage.quantize and source.adapters:
+        raise load.ModelError(
+            f"{stage.model} is a base with an adapter on it, which cannot be held in {stage.quantize} as one",
+            do="merge: true in the stage that made it, or leave quantize out",
+        )
+    if stage.quantize:
+        hf, notices = load.model(source, dtype=devices.DTYPES[precision], quantize=stage.quantize, **how)
+        job.facts["base held in"] = stage.quantize
+    else:
+        hf, notices = adapters.open_model(source, dtype=dtype, **how)
     for notice in notices:
         job.warn(notice)
     if n := adapted.virtual(hf):
@@ -287,16 +306,27 @@ def finish(
     if isinstance(hf, PeftModel):
         base_stage = stage_name if stage_name in job.inputs and not source.adapters else None
         identity = hub.identity(source)
-        adapters.save(hf, job.dir / "adapter", source, stage=base_stage, identity=identity, ends=ends)
+        held = getattr(job.stage, "quantize", None)
+        adapters.save(hf, job.dir / "adapter", source, stage=base_stage, identity=identity, ends=ends, quantize=held)
         tokenizer.save_pretrained(job.dir / "adapter")
         if not merge:
             return
-        hf = proven_merge(job, policy, probe)
+        whole = _written_out(job, source, policy) if held else None
+        hf = proven_merge(job, policy, probe, whole)
     load.save(hf, tokenizer, job.dir / "model", ends=ends)
 
 
-def proven_merge(job: Job, policy: Policy, probe: Row) -> Any:
+def _written_out(job: Job, source: hub.Source, policy: Policy) -> Any:
+    """The adapter just saved on its base with the rounded weights in full: into packed ones it would not fold exactly."""
+    trained, trust = dataclasses.replace(source, adapters=(str(job.dir / "adapter"),)), job.recipe.trust_remote_code
+    return adapters.open_model(trained, device=policy.device, trust_remote_code=trust, packed=False)[0]
+
+
+def proven_merge(job: Job, policy: Policy, probe: Row, whole: Any = None) -> Any:
     """The merged model, its log-probabilities on real examples compared with the adapter's.
+
+    Args:
+        whole: the same adapter on another form of its base, to be merged instead.
 
     Raises:
         ModelError: they differ by more than rounding.
@@ -305,13 +335,14 @@ def proven_merge(job: Job, policy: Policy, probe: Row) -> Any:
     policy.eval()
     with torch.no_grad():
         before = policy(probe)
-        hf, change = adapters.merged(policy.hf)
+        hf, change = adapters.merged(policy.hf if whole is None else whole)
         policy.hf = hf  # the adapter's layers are gone from the model: what wrapped it is no longer of use
         difference = (policy(probe) - before).abs().max().item()
     job.facts["merge"] = (
         f"weights changed by up to {change:.1e} of their norm; log-probabilities equal the adapter's to {difference:.1e}"
     )
-    if difference > (1e-2 if before.dtype == next(hf.parameters()).dtype else 0.5):
+    exact = before.dtype == next(hf.parameters()).dtype and getattr(job.stage, "quantize", None) != "int8"
+    if difference > (1e-2 if exact else 0.5):
         raise load.ModelError(
             f"the merged model's log-probabilities differ from the adapter's by up to {difference:.2g} nats",
             do="merge: false keeps the adapter apart",

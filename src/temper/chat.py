@@ -1,0 +1,235 @@
+"""Talking with a model: what was said so far, what it answers, and adapters that come and go.
+
+An answer is the sampler's own for the same conversation, seed and settings; turn k of a conversation is step k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from temper import hub, overlay
+from temper.data.chat import Encoder, Format
+from temper.engine import device as devices
+from temper.errors import DataError, ModelError, RecipeError, TemperError, nearest
+from temper.models import adapters, load
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.sampler import Sampler
+from temper.types import Record
+
+BROKEN = "\ufffd"  # the end of a text whose last character has not come whole
+HELP = """/adapter NAME     put an adapter on the base; none: take it off; without a name: which there are
+/system TEXT      what the model is told before the conversation; without a text: nothing
+/temperature X    how freely it chooses; 0: always the likeliest
+/reset            forget what was said
+/quit             end, as Ctrl-D does; Ctrl-C ends an answer"""
+Heard = Callable[[str], Any]
+
+
+class Talk:
+    """One conversation with one model.
+
+    Args:
+        source: the model, with the adapter that it begins with, if it has one.
+        others: adapters by name, each a folder; of the base, not of each other.
+        form: how prompts are written out, as they were in training.
+
+    Raises:
+        ModelError: the model cannot be opened.
+    """
+
+    def __init__(
+        self,
+        source: hub.Source,
+        *,
+        others: Mapping[str, Path] | None = None,
+        form: Format | None = None,
+        decoding: Decoding | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.base = dataclasses.replace(source, adapters=())
+        own = {named(Path(source.adapters[-1])): source.adapters} if source.adapters else {}
+        self.adapters = own | {name: (str(folder.resolve()),) for name, folder in (others or {}).items()}
+        self.form = form or Format()
+        self.decoding = decoding or Decoding(max_new_tokens=512, temperature=0.7)
+        self.seed, self.device = seed, devices.setup(device, threads)
+        self.said: list[dict[str, str]] = []
+        self.turn = 0
+        self.adapter: str | None = None
+        self._open(next(iter(own), None))
+
+    def _open(self, name: str | None) -> None:
+        source = dataclasses.replace(self.base, adapters=self.adapters[name] if name else ())
+        hf, self.notices = adapters.open_model(source, device=self.device)
+        tokenizer = load.tokenizer(source)
+        ends = load.end_ids(adapters.adapted.inner(hf))
+        apart = bool(adapters.adapted.inner(hf).config.is_encoder_decoder)
+        self.encoder = Encoder(tokenizer, self.form, end_ids=ends, apart=apart)
+        self.context = load.context(adapters.adapted.inner(hf))
+        self.sampler = Sampler(hf.eval(), tokenizer, end_ids=self.encoder.end_ids, slots=1)
+        self.adapter = name
+
+    def put_on(self, name: str | None) -> None:
+        """Another adapter, or none, on the base; what was said stays.
+
+        Raises:
+            ModelError: there is none of this name, or it belongs to another base; the model stays as it was.
+        """
+        if name is not None and name not in self.adapters:
+            raise ModelError(f"there is no adapter «{name}» here", do=nearest(name, [*self.adapters, "none"]))
+        self._open(name)
+
+    def answer(self, text: str, heard: Heard = lambda _: None) -> str:
+        """What the model says to a text.
+
+        Args:
+            heard: called with the answer piece by piece, as it comes.
+
+        Raises:
+            DataError: the text does not fit the model's context.
+        """
+        said = [*self.said, {"role": "user", "content": text}]
+        ids = self._ids(said)
+        stream = _Stream(self.encoder.tokenizer, heard)
+        ((done,),) = self.sampler.sample([ids], self.decoding, seed=self.seed, step=self.turn, heard=stream)
+        answer = done.text if done.text is not None else stream.text(done.ids)
+        stream.end(answer)
+        self.said, self.turn = [*said, {"role": "assistant", "content": answer}], self.turn + 1
+        return answer
+
+    def _ids(self, said: list[dict[str, str]]) -> list[int]:
+        """The conversation as the model is given it; a model without a template is given the last text alone."""
+        row = {"messages": said} if self.encoder.templated else {"prompt": said[-1]["content"]}
+        (ids,) = self.encoder.prompts([Record(row, "the conversation")])
+        room = None if self.context is None else self.context - self.decoding.max_new_tokens
+        if room is not None and (self.context if self.encoder.apart else room) < len(ids):  # type: ignore[operator]
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and with {self.decoding.max_new_tokens} for the answer the "
+                f"model takes {room}",
+                do="/reset forgets what was said; --max-new-tokens makes room",
+            )
+        return ids
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with a slash asks for; what to say to it.
+
+        Raises:
+            TemperError: it asks for something that there is not.
+        """
+        word, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        match word:
+            case "/adapter":
+                if rest:
+                    self.put_on(None if rest == "none" else rest)
+                there = ", ".join(self.adapters) or "none was given"
+                return f"adapter: {self.adapter or 'none'} (there are: {there})"
+            case "/system":
+                self.form = self.form.model_copy(update={"system": rest or None})
+                self.encoder.form = self.form
+                return f"system: {rest or 'nothing'}"
+            case "/temperature":
+                self.decoding = _with(self.decoding, rest)
+                return f"temperature: {self.decoding.temperature:g}"
+            case "/reset":
+                self.said, self.turn = [], 0
+                return "what was said is forgotten"
+            case "/help":
+                return HELP
+        known = ["/adapter", "/system", "/temperature", "/reset", "/help", "/quit"]
+        raise RecipeError(f"there is no command {word}", do=nearest(word, known))
+
+
+def _with(decoding: Decoding, temperature: str) -> Decoding:
+    try:
+        return Decoding.model_validate(decoding.model_dump() | {"temperature": float(temperature)})
+    except ValueError:
+        raise RecipeError(f"«{temperature}» is no temperature", do="write a number from 0, such as 0.7") from None
+
+
+class _Stream:
+    """Hands on what is new of a text that grows; an unfinished character waits for its rest."""
+
+    def __init__(self, tokenizer: Any, heard: Heard) -> None:
+        self.tokenizer, self.heard, self.told = tokenizer, heard, ""
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def __call__(self, ids: Sequence[int]) -> None:
+        text = self.text(ids).rstrip(BROKEN)
+        if text.startswith(self.told) and len(text) > len(self.told):
+            self.heard(text[len(self.told) :])
+            self.told = text
+
+    def end(self, answer: str) -> None:
+        """What is left to tell of the answer as it is."""
+        if answer.startswith(self.told):
+            self.heard(answer[len(self.told) :])
+
+
+def named(folder: Path) -> str:
+    """What an adapter is called: by its stage where its folder is one's «adapter», else by its folder.
+
+    >>> named(Path("runs/x/sft/adapter")), named(Path("my-style"))
+    ('sft', 'my-style')
+    """
+    return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
+
+
+def form_of(model: str) -> Format:
+    """How the rows were written out that a stage of a run was trained on; of any other model the usual form."""
+    folder = next((f for f in (Path(model), Path(model).parent) if (f / "stage.json").is_file()), None)
+    if folder is None or not (folder.parent / "recipe.yaml").is_file():
+        return Format()
+    stages = overlay.yaml().load((folder.parent / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
+    stage = stages.get(folder.name.partition("@")[0], {})
+    while "data" in stage:
+        stage = stages.get(str(stage["data"]).partition(".")[0], {})
+        if stage.get("format"):
+            return Format(**stage["format"])
+    return Format()
+
+
+def opened(model: str, paths: Sequence[Path], **how: Any) -> Talk:
+    """A conversation with a model by its name, and with adapters by their folders.
+
+    Raises:
+        ModelError: they are not there; two adapters of one name.
+    """
+    others: dict[str, Path] = {}
+    for path in paths:
+        folder = path / "adapter" if (path / "adapter").is_dir() else path
+        if not folder.is_dir():
+            raise ModelError(f"there is no adapter {path}", do="give a folder with adapter_config.json, or a stage's")
+        if (name := named(folder)) in others:
+            raise ModelError(f"two adapters are called «{name}»", where=f"{others[name]} and {folder}", do="copy one to a folder of another name")  # fmt: skip
+        others[name] = folder
+    return Talk(hub.locate(model, Path()), others=others, **how)
+
+
+def converse(talk: Talk, read: Callable[[], str], write: Heard) -> None:
+    """Lines in, answers out, until the lines end. An error is told, and the conversation goes on."""
+    while True:
+        try:
+            line = read()
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        if line.strip() == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                write(talk.command(line))
+            else:
+                talk.answer(line, write)
+        except KeyboardInterrupt:
+            write(" (stopped)")
+        except TemperError as error:
+            write(f"{error.what}{f'; {error.do}' if error.do else ''}")
+        write("\n")

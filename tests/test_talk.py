@@ -1,0 +1,198 @@
+"""Conversations: answers are the sampler's own, come piece by piece, and adapters come and go between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from temper import chat, hub
+from temper.data.chat import Encoder, Format
+from temper.errors import DataError, ModelError, RecipeError
+from temper.models import adapters, load
+from temper.models.adapters import Adapter
+from temper.rollouts.decoding import Decoding
+from temper.rollouts.sampler import Sampler
+from temper.types import Record
+from test_chat import CHATML, small
+
+DRAWN = Decoding(max_new_tokens=24, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, with a chat template."""
+    folder, tokenizer = tmp_path_factory.mktemp("talk") / "model", small(CHATML)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=400, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.mul_(6)  # sharp: an adapter shows
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> Path:
+    """A stirred LoRA adapter of that model, as a stage leaves it."""
+    source = hub.Source(str(model))
+    hf = adapters.attach(load.model(source)[0], Adapter(r=4), seed=0)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in (p for p in hf.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape, generator=draw))
+    adapters.save(hf, model.parent / "witty" / "adapter", source, stage=None, identity=hub.identity(source))
+    return model.parent / "witty"
+
+
+def sampled(model: Path, said: list[dict[str, str]], seed: int, step: int, folders: tuple[str, ...] = ()) -> str:
+    source = hub.Source(str(model), None, folders)
+    hf, tokenizer = adapters.open_model(source)[0], load.tokenizer(source)
+    encoder = Encoder(tokenizer, Format(), end_ids=load.end_ids(adapters.adapted.inner(hf)))
+    ids = encoder.prompts([Record({"messages": said}, "here")])
+    ((done,),) = Sampler(hf, tokenizer, end_ids=encoder.end_ids).sample(ids, DRAWN, seed=seed, step=step)
+    return str(tokenizer.decode(done.ids, skip_special_tokens=True))
+
+
+def test_an_answer_is_the_samplers_and_comes_piece_by_piece(model: Path) -> None:
+    talk = chat.Talk(hub.Source(str(model)), decoding=DRAWN, seed=5)
+    said: list[dict[str, str]] = []
+    for turn, text in enumerate(("Hello", "And then?")):
+        pieces: list[str] = []
+        answer = talk.answer(text, pieces.append)
+        said.append({"role": "user", "content": text})
+        assert answer == "".join(pieces) == sampled(model, said, 5, turn) and len(pieces) > 3
+        said.append({"role": "assistant", "content": answer})
+    assert talk.said == said
+    first = talk.command("/reset") and talk.answer("Hello")
+    assert first == said[1]["content"]
+
+
+def test_adapters_come_and_go(model: Path, adapter: Path) -> None:
+    talk = chat.opened(str(model), [adapter], decoding=DRAWN, seed=2)
+    asked = [{"role": "user", "content": "Hello"}]
+    plain, styled = sampled(model, asked, 2, 0), sampled(model, asked, 2, 0, (str(adapter / "adapter"),))
+    assert plain != styled
+    found = []
+    for line in ("/adapter", "/adapter witty", "/adapter none"):
+        told = talk.command(line)
+        assert "there are: witty" in told
+        talk.command("/reset")
+        found.append(talk.answer("Hello"))
+    assert found == [plain, styled, plain]
+    with pytest.raises(ModelError, match="no adapter «wity»") as error:
+        talk.command("/adapter wity")
+    assert "witty" in error.value.do and talk.answer("Still there?")
+    own = chat.opened(str(adapter), [], decoding=DRAWN, seed=2)  # an adapter's folder brings its base
+    assert own.adapter == "witty" and own.answer("Hello") == styled
+
+
+def test_an_adapter_of_another_base_is_refused_and_the_talk_goes_on(model: Path, adapter: Path, tmp_path: Path) -> None:
+    other = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    load.tokenizer(hub.Source(str(model))).save_pretrained(tmp_path / "other")
+    talk = chat.opened(str(tmp_path / "other"), [adapter], decoding=DRAWN)
+    before = talk.answer("Hello")
+    with pytest.raises(ModelError, match="trained on another base"):
+        talk.command("/adapter witty")
+    talk.command("/reset")
+    assert talk.adapter is None and talk.answer("Hello") == before
+
+
+def test_system_and_temperature(model: Path) -> None:
+    talk = chat.Talk(hub.Source(str(model)), decoding=DRAWN, seed=5)
+    plain = talk.answer("Hello")
+    talk.command("/reset")
+    assert "Be brief." in talk.command("/system Be brief.")
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert talk.answer("Hello") == sampled(model, told, 5, 0) != plain
+    assert talk.command("/temperature 0") == "temperature: 0"
+    greedy = []
+    for seed in (1, 2):
+        talk.command("/reset")
+        talk.seed = seed
+        greedy.append(talk.answer("Hello"))
+    assert greedy[0] == greedy[1]
+    for line, said in (("/temperature warm", "is no temperature"), ("/temperature -1", "is no temperature"), ("/adaptor x", "no command /adaptor")):  # fmt: skip
+        with pytest.raises(RecipeError, match=said):
+            talk.command(line)
+
+
+def test_characters_come_whole(model: Path) -> None:
+    tokenizer = load.tokenizer(hub.Source(str(model)))
+    pieces: list[str] = []
+    stream = chat._Stream(tokenizer, pieces.append)
+    ids = tokenizer("Привіт, 😀!", add_special_tokens=False)["input_ids"]
+    for n in range(1, len(ids) + 1):
+        stream(ids[:n])
+    stream.end(stream.text(ids))
+    assert "".join(pieces) == tokenizer.decode(ids) and not any("\ufffd" in p for p in pieces)
+    assert len(pieces) > 3
+
+
+def test_a_conversation_that_does_not_fit_is_told(model: Path) -> None:
+    talk = chat.Talk(hub.Source(str(model)), decoding=DRAWN)
+    with pytest.raises(DataError, match="and with 24 for the answer the model takes 376") as error:
+        talk.answer("word " * 500)
+    assert "/reset" in error.value.do and talk.said == []
+
+
+def test_the_command_reads_lines_and_goes_on_after_an_error(model: Path, adapter: Path) -> None:
+    lines = "Hello\n/nonsense\n/adapter witty\n/reset\nHello\n/quit\nnever read\n"
+    words = [
+        "chat",
+        str(model),
+        "--adapter",
+        str(adapter),
+        "--seed",
+        "2",
+        "--temperature",
+        "1",
+        "--max-new-tokens",
+        "24",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "from temper.cli import main; raise SystemExit(main())", *words],
+        input=lines, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    asked = [{"role": "user", "content": "Hello"}]
+    plain, styled = sampled(model, asked, 2, 0), sampled(model, asked, 2, 0, (str(adapter / "adapter"),))
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stdout
+    assert told.startswith(plain + "\n") and "there is no command /nonsense" in told and told.endswith(styled + "\n")
+
+
+def test_the_form_is_that_of_the_rows_it_was_trained_on(smoke_run: Path, model: Path, tmp_path: Path) -> None:
+    assert chat.form_of(str(model)) == Format()
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "stage.json").write_text("{}")
+    rows = {"stage": "data", "format": {"chat": "plain", "separator": " → "}}
+    stages = {
+        "rows": rows,
+        "more": {"stage": "generate", "data": "rows"},
+        "sft": {"stage": "sft", "data": "more.train"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": stages}))
+    for name in ("sft", "sft/model"):
+        assert chat.form_of(str(tmp_path / name)) == Format(chat="plain", separator=" → ")
+    talk = chat.opened(str(smoke_run / "sft"), [], form=chat.form_of(str(smoke_run / "sft")), decoding=DRAWN)
+    assert talk.answer("Новина дня.") is not None
+
+
+def test_bad_input(tmp_path: Path, model: Path, adapter: Path) -> None:
+    with pytest.raises(ModelError, match="there is no adapter"):
+        chat.opened(str(model), [tmp_path / "nowhere"])
+    with pytest.raises(ModelError, match="two adapters are called «witty»"):
+        chat.opened(str(model), [adapter, adapter / "adapter"])
