@@ -130,7 +130,7 @@ def lines(series: list[Series], title: str) -> Markup:
 
 def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
     """A dot and its interval a row; `zero` draws the line of no difference. Width 360 units."""
-    left, right, width, step = 110, 296, 360, 24
+    left, right, width, step = 136, 296, 360, 24
     height = step * len(rows) + 24
     known = [v for r in rows for v in (r.value, r.low, r.high, *r.others) if v is not None] + ([0.0] if zero else [])
     low, high = room(min(known), max(known))
@@ -149,7 +149,7 @@ def dots(rows: list[Dot], title: str, *, zero: bool = False) -> Markup:
     for i, row in enumerate(rows):
         y = step * i + step / 2 + 2
         kind = f"c{row.colour % COLOURS}"
-        short = row.label if len(row.label) <= 16 else row.label[:15] + "…"
+        short = row.label if len(row.label) <= 19 else row.label[:18] + "…"
         out.append(f"<g><title>{escape(row.label)}</title>{label(left - 10, y + 4, short, 'end', 'name')}</g>")
         for other in row.others:
             out.append(circle(place(other), y + 6, 2.2, f"seed {kind}"))
