@@ -144,9 +144,17 @@ def test_characters_come_whole(model: Path) -> None:
 
 def test_a_conversation_that_does_not_fit_is_told(model: Path) -> None:
     talk = chat.Talk(hub.Source(str(model)), decoding=DRAWN)
-    with pytest.raises(DataError, match="and with 24 for the answer the model takes 376") as error:
+    with pytest.raises(DataError, match="the model takes 400 with its answer") as error:
         talk.answer("word " * 500)
     assert "/reset" in error.value.do and talk.said == []
+
+
+def test_an_answer_has_the_room_that_is_left(model: Path) -> None:
+    """The usual 512 tokens are more than this model's context has: the answer is shorter, and comes."""
+    talk = chat.Talk(hub.Source(str(model)), seed=5)
+    (asked,) = talk.encoder.prompts([Record({"messages": [{"role": "user", "content": "Hello"}]}, "here")])
+    assert talk._fitting(len(asked)).max_new_tokens == 400 - len(asked)
+    assert talk.answer("Hello")
 
 
 def test_the_command_reads_lines_and_goes_on_after_an_error(model: Path, adapter: Path) -> None:
@@ -171,7 +179,11 @@ def test_the_command_reads_lines_and_goes_on_after_an_error(model: Path, adapter
     plain, styled = sampled(model, asked, 2, 0), sampled(model, asked, 2, 0, (str(adapter / "adapter"),))
     assert ended.returncode == 0, ended.stderr
     told = ended.stdout
-    assert told.startswith(plain + "\n") and "there is no command /nonsense" in told and told.endswith(styled + "\n")
+    assert (
+        told.startswith(plain + "\n")
+        and "there is no command /nonsense" in ended.stderr
+        and told.endswith(styled + "\n")
+    )
 
 
 def test_the_form_is_that_of_the_rows_it_was_trained_on(smoke_run: Path, model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from temper import hub, overlay
 from temper.data.chat import Encoder, Format
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError, RecipeError, TemperError, nearest
-from temper.models import adapters, load
+from temper.models import adapted, adapters, load
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.types import Record
@@ -49,14 +49,13 @@ class Talk:
         decoding: Decoding | None = None,
         seed: int = 0,
         device: str = "auto",
-        threads: int | None = None,
     ) -> None:
         self.base = dataclasses.replace(source, adapters=())
         own = {named(Path(source.adapters[-1])): source.adapters} if source.adapters else {}
         self.adapters = own | {name: (str(folder.resolve()),) for name, folder in (others or {}).items()}
         self.form = form or Format()
         self.decoding = decoding or Decoding(max_new_tokens=512, temperature=0.7)
-        self.seed, self.device = seed, devices.setup(device, threads)
+        self.seed, self.device = seed, devices.setup(device, None)
         self.said: list[dict[str, str]] = []
         self.turn = 0
         self.adapter: str | None = None
@@ -66,10 +65,9 @@ class Talk:
         source = dataclasses.replace(self.base, adapters=self.adapters[name] if name else ())
         hf, self.notices = adapters.open_model(source, device=self.device)
         tokenizer = load.tokenizer(source)
-        ends = load.end_ids(adapters.adapted.inner(hf))
-        apart = bool(adapters.adapted.inner(hf).config.is_encoder_decoder)
-        self.encoder = Encoder(tokenizer, self.form, end_ids=ends, apart=apart)
-        self.context = load.context(adapters.adapted.inner(hf))
+        self.model = adapted.inner(hf)
+        apart = bool(self.model.config.is_encoder_decoder)
+        self.encoder = Encoder(tokenizer, self.form, end_ids=load.end_ids(self.model), apart=apart)
         self.sampler = Sampler(hf.eval(), tokenizer, end_ids=self.encoder.end_ids, slots=1)
         self.adapter = name
 
@@ -84,7 +82,7 @@ class Talk:
         self._open(name)
 
     def answer(self, text: str, heard: Heard = lambda _: None) -> str:
-        """What the model says to a text.
+        """What the model says to a text; no more than its context has room for.
 
         Args:
             heard: called with the answer piece by piece, as it comes.
@@ -95,7 +93,7 @@ class Talk:
         said = [*self.said, {"role": "user", "content": text}]
         ids = self._ids(said)
         stream = _Stream(self.encoder.tokenizer, heard)
-        ((done,),) = self.sampler.sample([ids], self.decoding, seed=self.seed, step=self.turn, heard=stream)
+        ((done,),) = self.sampler.sample([ids], self._fitting(len(ids)), seed=self.seed, step=self.turn, heard=stream)
         answer = done.text if done.text is not None else stream.text(done.ids)
         stream.end(answer)
         self.said, self.turn = [*said, {"role": "assistant", "content": answer}], self.turn + 1
@@ -105,14 +103,20 @@ class Talk:
         """The conversation as the model is given it; a model without a template is given the last text alone."""
         row = {"messages": said} if self.encoder.templated else {"prompt": said[-1]["content"]}
         (ids,) = self.encoder.prompts([Record(row, "the conversation")])
-        room = None if self.context is None else self.context - self.decoding.max_new_tokens
-        if room is not None and (self.context if self.encoder.apart else room) < len(ids):  # type: ignore[operator]
-            raise DataError(
-                f"the conversation has {len(ids)} tokens, and with {self.decoding.max_new_tokens} for the answer the "
-                f"model takes {room}",
-                do="/reset forgets what was said; --max-new-tokens makes room",
-            )
         return ids
+
+    def _fitting(self, prompt: int) -> Decoding:
+        """The settings, with no more new tokens than there is room for after so many of the conversation."""
+        if load.has_room(self.model, prompt, self.decoding.max_new_tokens):
+            return self.decoding
+        context = load.context(self.model) or 0
+        room = context if self.encoder.apart and prompt <= context else context - prompt
+        if room < 1:
+            raise DataError(
+                f"the conversation has {prompt} tokens, and the model takes {context} with its answer",
+                do="/reset forgets what was said",
+            )
+        return self.decoding.model_copy(update={"max_new_tokens": min(room, self.decoding.max_new_tokens)})
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash asks for; what to say to it.
@@ -212,7 +216,7 @@ def opened(model: str, paths: Sequence[Path], **how: Any) -> Talk:
     return Talk(hub.locate(model, Path()), others=others, **how)
 
 
-def converse(talk: Talk, read: Callable[[], str], write: Heard) -> None:
+def converse(talk: Talk, read: Callable[[], str], write: Heard, told: Callable[[TemperError], Any]) -> None:
     """Lines in, answers out, until the lines end. An error is told, and the conversation goes on."""
     while True:
         try:
@@ -231,5 +235,6 @@ def converse(talk: Talk, read: Callable[[], str], write: Heard) -> None:
         except KeyboardInterrupt:
             write(" (stopped)")
         except TemperError as error:
-            write(f"{error.what}{f'; {error.do}' if error.do else ''}")
+            told(error)
+            continue
         write("\n")

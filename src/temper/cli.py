@@ -350,7 +350,8 @@ def chat(
             import readline  # noqa: F401  lines can be edited
         terminal.say(f"{model}: {talk.encoder.description}. /help says what can be done, Ctrl-D ends.")
     write = lambda text: (sys.stdout.write(text), sys.stdout.flush())  # noqa: E731
-    chats.converse(talk, lambda: input("> " if there else ""), write)
+    told = lambda error: terminal.tell(error.what, error.where, error.do)  # noqa: E731
+    chats.converse(talk, lambda: input("> " if there else ""), write, told)
 
 
 @app.command()

@@ -39,7 +39,7 @@ def setup(wanted: str, threads: int | None, *, halves: bool = False) -> torch.de
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
     # oneDNN keeps a compiled kernel, with its buffers, for each of the last 1024 shapes, and torch's bridge to it as many.
-    # Beside a model of 40 million parameters that is a gigabyte and more, 5 to 10 MB each, between which tensors find
+    # Beside a model of 40 million parameters that is a gigabyte and more, up to 11 MB each, between which tensors find
     # their place less well; and no time is saved over these. (With 32, LoRA in bf16 would take a fifth more time.)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64" if halves else "32")

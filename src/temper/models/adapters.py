@@ -175,8 +175,16 @@ def save(
 
 def trained_ends(source: hub.Source) -> set[int]:
     """End tokens that the last adapter of a source was trained on."""
-    note = Path(source.adapters[-1]) / "temper.json" if source.adapters else None
-    return set(json.loads(note.read_text(encoding="utf-8")).get("ends", [])) if note and note.is_file() else set()
+    return set(_note(source.adapters[-1]).get("ends", [])) if source.adapters else set()
+
+
+def _note(folder: str) -> dict[str, Any]:
+    """The note beside an adapter; an empty one where another tool made it."""
+    try:
+        found: dict[str, Any] = json.loads((Path(folder) / "temper.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return found
 
 
 def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
@@ -205,11 +213,10 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
 
 
 def _check_base(folder: str, base: hub.Source) -> dict[str, Any]:
-    """The note beside an adapter; an empty one where another tool made it."""
-    try:
-        note: dict[str, Any] = json.loads((Path(folder) / "temper.json").read_text(encoding="utf-8"))
-    except OSError:
-        return {}  # PEFT checks shapes, more cannot be known
+    """The note beside an adapter, if it belongs to this base."""
+    note = _note(folder)
+    if not note:
+        return note  # PEFT checks shapes, more cannot be known
     if note["base_identity"] != hub.identity(base):
         raise ModelError(
             f"the adapter {folder} was trained on another base than {base.name}",
@@ -264,7 +271,7 @@ def open_model(
     Args:
         packed: such a base stays in few bits, or its weights are written out in full; None: as suits the device.
     """
-    held = quantized.held_as(source.adapters[0]) if source.adapters else None
+    held: quantized.Held | None = _note(source.adapters[0]).get("quantize") if source.adapters else None
     base, notices = load.model(
         source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, quantize=held
     )

@@ -8,10 +8,8 @@ which gives the same function faster; else packed, for in 8 bits what goes into 
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -51,15 +49,6 @@ def as_trained(base: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
     return base
-
-
-def held_as(adapter: str) -> Held | None:
-    """How the base of an adapter was held when it was trained, as the note beside it says; None: in full."""
-    try:
-        note: dict[str, Any] = json.loads((Path(adapter) / "temper.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return note.get("quantize")
 
 
 def written_out(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
