@@ -81,7 +81,8 @@ class Prepared:
         self.records = [Record(row, f"rows.jsonl:{k}") for k, row in enumerate(examples, 1)]
 
     def prepared(self) -> Any:
-        from temper.data.chat import Encoder, Format
+        from temper.data.chat import Encoder
+        from temper.data.forms import Format
         from temper.engine.batches import Batches
         from temper.stages.sft import fitted, in_chains
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
-from temper.data.chat import Encoded, Encoder, Format, show
+from temper.data.chat import Encoded, Encoder, show
+from temper.data.forms import Format
 from temper.errors import DataError, ModelError
 from temper.stages.pretrain import Shape, train_tokenizer
 from temper.stages.sft import tree_of

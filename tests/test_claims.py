@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.claims
 
-MINUTES = {"detox-summarization": 5, "review-sentiment": 6, "preference": 5, "instruct-t5": 6}
+MINUTES = {"detox-summarization": 5, "review-sentiment": 6, "preference": 5, "instruct-t5": 6, "dialogue-style": 5}
 
 
 def temper(*words: str, cwd: Path) -> tuple[str, float]:
@@ -129,3 +129,18 @@ def test_instruct_t5(folder: Path) -> None:
     print(f"lora_prompt − base {gain}\nlora_prompt − lora {beside}")
     assert gain["low"] > 0 and gain["p_adjusted"] < 0.05
     assert beside["low"] > -0.01 and models["lora_prompt"]["rougeL"]["low"] > models["prompt"]["rougeL"]["high"]
+
+
+def test_dialogue_style(folder: Path) -> None:
+    """Both ways above what they began as, on token F1 and chrF; the table of what each gives and costs is filled."""
+    results = run_twice("dialogue-style", folder)
+    found = comparisons(results)
+    for before, after in (("large", "qlora"), ("small", "full")):
+        for metric in ("token_f1", "chrf", "style"):
+            gain = found[metric, before, after]
+            print(f"{after} − {before} {metric} {gain}")
+            assert gain["low"] > 0 and gain["p_adjusted"] < 0.05
+    text = (folder / "dialogue-style-a/report/report.md").read_text()
+    table = text.split("### What each way gives and costs")[1].split("<sub>")[0]
+    print(table)
+    assert "–" not in table and "| began as | large | small |" in table

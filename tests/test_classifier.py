@@ -106,7 +106,8 @@ def test_an_evaluation_has_the_classifiers_numbers(judged: Path) -> None:
         assert entry[f"toxicity_{name}"]["higher_is_better"] is False
     assert entry["toxicity_max"]["low"] is None and entry["toxicity_p95"]["low"] <= expected["p95"]
     highest = np.array(rows["base|toxicity_expected_max"])
-    assert (highest >= seen - 1e-9).all() and (highest > seen + 1e-9).any()
+    first = np.array(rows["base|toxicity_mean"])  # of the same pass: other company rounds otherwise
+    assert (highest >= first).all() and (highest > first + 1e-6).any()
     assert entry["toxicity_expected_max"]["value"] == pytest.approx(highest.mean())
     assert "of:2" in entry["toxicity_expected_max"]["signature"]
     assert "lexicon" in entry and "no test" not in (judged / "report" / "report.md").read_text()
@@ -189,7 +190,7 @@ def test_rows_that_no_classifier_can_learn_from(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"classifier": None}, "asks a classifier, and none is named"),
+        ({"classifier": None}, "ask a classifier, and none is named"),
         ({"classifier": "judgge"}, "did you mean «judge»"),
         ({"classifier": "rows"}, "«rows» gives no classifier"),
         ({"classifier": "base"}, "the base model is no classifier"),

@@ -19,6 +19,7 @@ from temper.data.mini import (
     corpus,
     grammar,
     insults,
+    jokes,
     review_frames,
     review_frames_b,
     review_words,
@@ -49,6 +50,8 @@ PINNED = {
     "en-advice-corpus": "d75a0ba46c8a71a8",
     "ru-instructions": "275cd30bd55edfc4",
     "ru-lessons": "1944ae5839e6792e",
+    "ru-jokes": "7dc5bd78288e853a",
+    "ru-talk": "499d58dd8e5fd564",
 }
 
 
@@ -458,3 +461,24 @@ def test_who_did_what_in_a_story_is_of_one_split():
     assert len(test) > 100
     for split, seed in itertools.product([None, "train", "validation"], [0, 7]):
         assert not test & done(split, seed)
+
+
+def test_jokes_take_up_what_they_are_asked_about_and_marks_tell_them_from_dull_ones() -> None:
+    rows = mini.load("ru-jokes", rows=ROWS)
+    turns = Counter(len(r["parsed"]) for r in rows)
+    assert set(turns) == {1, 2, 3} and turns[2] > 0.8 * ROWS
+    dull = {f.dull for f in jokes.FRAMES} | set(jokes.DULL)
+    for row in rows:
+        said = [t["phrase"] for t in row["parsed"]]
+        assert row["original"] == "\n".join(f"- {t}" for t in said) and 1 <= row["total_mark"] <= 5
+        if len(said) > 1:
+            flat = said[1] in dull
+            assert (row["total_mark"] < 3) == flat, row
+            shared = {w for w in words_of(said[0])} & {w for w in words_of(said[1])}
+            assert flat or any(w in shared for f in jokes.FRAMES for w in f.things), row
+        assert not re.search(r"[{}]|  ", row["original"])
+    assert 0.2 < sum(r["total_mark"] < 3 for r in rows) / ROWS < 0.4
+    talk = [r["text"] for r in mini.load("ru-talk", rows=ROWS)]
+    asked = [t for t in talk if t.startswith("<user>")]
+    witty = {f.witty.format(x=x) for f in jokes.FRAMES for x in f.things}
+    assert len(asked) > 0.4 * ROWS and not any(t.partition("<assistant>")[2] in witty for t in asked)

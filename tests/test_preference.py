@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import temper
 from preferred import answer_logps, ids, labelled, model_at, pairs, recipe, records, run, text, words
 from staged_runs import Workshop, lines_of, weights
-from temper.data.chat import Encoder, Format
+from temper.data.chat import Encoder
+from temper.data.forms import Format
 from temper.errors import DataError, ModelError, RecipeError, RunError, TrainingError
 from temper.losses.preference import Compared
 from temper.losses.unpaired import kto_loss

@@ -29,6 +29,7 @@ from unittest import mock
 import pytest
 from ruamel.yaml import YAML
 
+from hubbed import hub_served, pushed
 from served import Asked, serving
 from temper import recipe as recipes
 from temper.app import folder_of
@@ -115,6 +116,11 @@ class Reader:
     def temper(self, words: list[str], where: str) -> str:
         if words[0] == "run" and words[1] in recipes.shipped():  # ask the hub, or take minutes with `mini`
             words = [*words[:2], "--profile", "smoke"]
+        if words[0] == "push":
+            with hub_served() as address:
+                shown = pushed(address, *words[1:])
+            assert shown.returncode == 0, shown.stderr
+            return shown.stdout
         if words[0] == "prune":
             words = [*words, "--yes"]
         with contextlib.ExitStack() as stack:
@@ -215,6 +221,9 @@ def write_files(folder: Path) -> None:
         for row in news:
             turns = [{"role": "user", "content": row["title"]}, {"role": "assistant", "content": row["summary"]}]
             out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    with open(folder / "jokes.jsonl", "w", encoding="utf-8") as out:
+        for joke in mini.load("ru-jokes", rows=120):
+            out.write(json.dumps(joke, ensure_ascii=False) + "\n")
     with open(folder / "table.csv", "w", encoding="utf-8", newline="") as out:
         table = csv.writer(out)
         table.writerow(["question", "answer", "topic"])

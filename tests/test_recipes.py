@@ -95,3 +95,40 @@ def test_the_real_profile_of_instruct_t5_has_the_numbers_of_the_work_it_retells(
     assert (stage.batch_size, stage.accumulation, stage.epochs, stage.lr, stage.weight_decay) == (8, 4, 10, 3e-4, 0.01)
     assert stage.precision == "fp16" and stage.activation_checkpointing and stage.keep_best
     assert recipe.load("instruct-t5", profile="full").stages["instructions"].completion == "{full_output}"
+
+
+def test_dialogue_style(tmp_path: Path) -> None:
+    """Two ways on the same dialogues: the table says what each gives and costs, the adapter folds into its rounded base."""
+    run = temper.run("dialogue-style", {"threads": 1}, profile="smoke", out=tmp_path / "run", quiet=True)
+    results = json.loads((run / "report/results.json").read_text())
+    compared = results["evaluations"]["compare"]["models"]
+    assert list(compared) == ["large", "qlora", "small", "full"]
+    for scores in compared.values():
+        assert {"bleu", "meteor", "token_f1", "chrf", "length", "style"} <= set(scores)
+    text = (run / "report/report.md").read_text()
+    table = text.split("### What each way gives and costs")[1].split("<sub>")[0]
+    rows = {
+        c[0]: c[1:] for line in table.splitlines() if len(c := [x.strip() for x in line.strip("|").split("|")]) == 3
+    }
+    assert rows["began as"] == ["large", "small"]
+    for metric, scores in {m: [compared[n][m]["value"] for n in compared] for m in ("token_f1", "chrf")}.items():
+        shown = next(v for k, v in rows.items() if k.replace("\\", "").startswith(metric))
+        for cell, before, after in zip(shown, scores[::2], scores[1::2], strict=True):
+            left, right = cell.split(" (")[0].replace("−", "-").split(" → ")
+            assert abs(float(left) - before) < 0.06 and abs(float(right) - after) < 0.06
+    assert rows["examples"] == ["40", "20"] and [c.split()[0] for c in rows["base held in"]] == ["nf4", "float32"]
+    assert all(re.match(r"[\d.]+ [kMG]?B", c) for name in ("peak memory", "size on disk") for c in rows[name])
+    trained = [results["stages"][n]["trainable_parameters"] for n in ("qlora", "full")]
+    assert [int(c.split(" ")[0].replace(",", "")) for c in rows["trainable parameters"]] == trained
+    page = (run / "report/index.html").read_text()
+    assert "What each way gives and costs" in page
+    fact = json.loads((run / "merged/stage.json").read_text())["facts"]["merge"]
+    assert "log-probabilities equal the adapter's" in fact
+    held = json.loads((run / "qlora/stage.json").read_text())["facts"]
+    assert held["base held in"] == "nf4" and held["written_as"] == "the tokenizer's chat template"
+    assert (
+        json.loads((run / "full/stage.json").read_text())["facts"]["special tokens added"]
+        == "<system>, <user>, <assistant>"
+    )
+    rows_out = [json.loads(line) for line in (run / "full/samples.jsonl").read_text().splitlines()]
+    assert all(r["prompt"].startswith("<bos><user>") and r["prompt"].endswith("<assistant>") for r in rows_out)

@@ -26,7 +26,7 @@ from transformers import (
 
 import temper
 from staged_runs import Workshop, copy_stages, lines_of, weights
-from temper.data.chat import Format
+from temper.data.forms import Format
 from temper.errors import DataError, ModelError, RecipeError, TemperError
 from temper.hub import Source
 from temper.losses import bradley_terry

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from temper import cli
+from temper.cli import runs as commands
 from temper.runfolder import Result, RunFolder, progress, read_json, read_sealed, write_json, write_sealed
 
 A, B = "a" * 64, "b" * 64
@@ -214,7 +215,7 @@ def test_a_stop_says_from_where_the_command_goes_on(
     (folder / "answers").mkdir()
     for k in range(answers):
         write_sealed(folder / "answers" / f"{k}.json", {})
-    assert cli._stopped_at([run.path]) == said
+    assert commands._stopped_at([run.path]) == said
 
 
 def test_a_manifest_that_is_no_manifest_stops_nothing(smoke_run: Path, tmp_path: Path) -> None:

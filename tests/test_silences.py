@@ -22,7 +22,8 @@ import temper
 import temper.stages
 from temper import metrics
 from temper import recipe as recipes
-from temper.data.chat import Encoded, Encoder, Format
+from temper.data.chat import Encoded, Encoder
+from temper.data.forms import Format
 from temper.engine import tripwires
 from temper.engine.chains import Chains
 from temper.errors import DataError, ModelError, RecipeError

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from temper import chat, hub
-from temper.data.chat import Encoder, Format
+from temper.data.chat import Encoder
+from temper.data.forms import Format
 from temper.errors import DataError, ModelError, RecipeError
 from temper.models import adapters, load
 from temper.models.adapters import Adapter
@@ -95,6 +99,85 @@ def test_adapters_come_and_go(model: Path, adapter: Path) -> None:
     assert "witty" in error.value.do and talk.answer("Still there?")
     own = chat.opened(str(adapter), [], decoding=DRAWN, seed=2)  # an adapter's folder brings its base
     assert own.adapter == "witty" and own.answer("Hello") == styled
+
+
+@pytest.fixture(scope="module")
+def dry(model: Path) -> Path:
+    """A second adapter of the same base, of another rank."""
+    source = hub.Source(str(model))
+    hf = adapters.attach(load.model(source)[0], Adapter(r=2, alpha=6), seed=0)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in (p for p in hf.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape, generator=draw) / 2)
+    adapters.save(hf, model.parent / "dry" / "adapter", source, stage=None, identity=hub.identity(source))
+    return model.parent / "dry"
+
+
+def test_adapters_are_stacked(model: Path, adapter: Path, dry: Path) -> None:
+    """Two LoRAs at once are the base with both updates added to its weights, one merged after the other by PEFT."""
+    source = hub.Source(str(model))
+    both = load.model(source)[0]
+    for folder in (adapter, dry):
+        both = PeftModel.from_pretrained(both, str(folder / "adapter")).merge_and_unload()
+    talk = chat.opened(str(model), [adapter, dry], decoding=DRAWN, seed=2)
+    told = talk.command("/adapter witty+dry")
+    assert "adapter: witty+dry" in told
+    ids = torch.tensor([talk.encoder.prompts([Record({"prompt": "Hello"}, "x")])[0]])
+    with torch.no_grad():
+        assert (talk.hf(ids).logits - both(ids).logits).abs().max() < 1e-3
+    stacked = talk.answer("Hello")
+    tokenizer = load.tokenizer(source)
+    ((done,),) = Sampler(both, tokenizer, end_ids=load.end_ids(both)).sample([ids[0].tolist()], DRAWN, seed=2)
+    assert stacked == tokenizer.decode(done.ids, skip_special_tokens=True)
+    asked = [{"role": "user", "content": "Hello"}]
+    for line, folders in (("/adapter dry", (str(dry / "adapter"),)), ("/adapter none", ())):
+        talk.command(line)
+        talk.command("/reset")
+        assert talk.answer("Hello") == sampled(model, asked, 2, 0, folders), "the others are gone without a trace"
+    with pytest.raises(ModelError, match="no adapter «wet»"):
+        talk.command("/adapter witty+wet")
+
+
+def test_the_base_is_read_once(
+    model: Path, adapter: Path, dry: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    talk = chat.opened(str(model), [adapter, dry], decoding=DRAWN, seed=2)
+    reads: list[str] = []
+    open_base = adapters.open_base
+    monkeypatch.setattr(adapters, "open_base", lambda source, **how: reads.append("read") or open_base(source, **how))
+    for line in ("/adapter witty", "/adapter dry", "/adapter none", "/adapter witty+dry", "/adapter none"):
+        talk.command(line)
+    assert reads == []
+    note = json.loads((adapter / "adapter/temper.json").read_text()) | {"quantize": "nf4"}
+    rounded = tmp_path / "rounded"
+    shutil.copytree(adapter / "adapter", rounded)
+    (rounded / "temper.json").write_text(json.dumps(note))
+    talk.adapters["rounded"] = (str(rounded),)
+    talk.command("/adapter rounded")
+    assert reads == ["read"], "of a base that was rounded otherwise the weights are others"
+    with pytest.raises(ModelError, match="rounded in different ways"):
+        talk.command("/adapter rounded+dry")
+    assert talk.adapter == "rounded" and talk.answer("Still there?")
+
+
+def test_control_c_ends_an_answer_and_not_the_talk(model: Path) -> None:
+    """A real signal to the real command, in the middle of an answer."""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-c", "from temper.cli import main; raise SystemExit(main())", "chat", str(model), "--temperature", "1", "--max-new-tokens", "300"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdin and child.stdout
+    child.stdin.write(b"Hello\n")
+    child.stdin.flush()
+    assert child.stdout.read(12)  # it has begun to answer
+    child.send_signal(signal.SIGINT)
+    child.stdin.write(b"/temperature 0.5\n/quit\n")
+    child.stdin.flush()
+    out, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+    text = out.decode(errors="replace")
+    assert "temperature: 0.5" in text and "Traceback" not in errors.decode()
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_talk_goes_on(model: Path, adapter: Path, tmp_path: Path) -> None:

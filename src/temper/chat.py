@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from temper import hub, overlay
-from temper.data.chat import Encoder, Format
+from temper.data.chat import Encoder
+from temper.data.forms import Format
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError, RecipeError, TemperError, nearest
 from temper.models import adapted, adapters, load
@@ -20,7 +21,8 @@ from temper.rollouts.sampler import Sampler
 from temper.types import Record
 
 BROKEN = "\ufffd"  # the end of a text whose last character has not come whole
-HELP = """/adapter NAME     put an adapter on the base; none: take it off; without a name: which there are
+HELP = """/adapter NAME     put an adapter on the base; A+B: several LoRAs at once; none: take it off;
+                  without a name: which there are
 /system TEXT      what the model is told before the conversation; without a text: nothing
 /temperature X    how freely it chooses; 0: always the likeliest
 /reset            forget what was said
@@ -59,26 +61,53 @@ class Talk:
         self.said: list[dict[str, str]] = []
         self.turn = 0
         self.adapter: str | None = None
+        self.hf: Any = None
+        self.bare: Any = None  # the base without adapters, as long as it can be had back from `hf`
+        self.held: str | None = None  # in how few bits it is
         self._open(next(iter(own), None))
 
     def _open(self, name: str | None) -> None:
-        source = dataclasses.replace(self.base, adapters=self.adapters[name] if name else ())
-        hf, self.notices = adapters.open_model(source, device=self.device)
-        tokenizer = load.tokenizer(source)
+        """Put an adapter, several, or none on the base, which is read anew only where it must be rounded otherwise."""
+        chains = [self.adapters[part] for part in (name or "").split("+") if part]
+        sources = [dataclasses.replace(self.base, adapters=chain) for chain in chains]
+        held = {adapters.held(s) for s in sources} or {None}
+        simple = all(len(chain) == 1 for chain in chains)  # a chain is folded into the base but for its end
+        if len(chains) > 1 and not simple:
+            raise ModelError("an adapter on top of another one cannot be stacked", do="take one at a time")
+        if self.bare is None or not simple or held != {self.held}:
+            first = sources[0] if sources else self.base
+            bare, self.notices = adapters.open_base(first, device=self.device)
+        else:
+            bare = self.bare
+        if self.hf is not None and bare is self.bare:
+            adapters.taken_off(self.hf)
+        hf: Any = bare
+        try:
+            if len(sources) > 1:
+                hf = adapters.stacked(bare, sources)
+            elif sources:
+                hf = adapters.put_on(bare, sources[0])
+        except TemperError:
+            if self.hf is not None:
+                self._open(self.adapter)  # as it was
+            raise
+        tokenizer = load.tokenizer(sources[0] if sources else self.base)
         self.model = adapted.inner(hf)
         apart = bool(self.model.config.is_encoder_decoder)
         self.encoder = Encoder(tokenizer, self.form, end_ids=load.end_ids(self.model), apart=apart)
         self.sampler = Sampler(hf.eval(), tokenizer, end_ids=self.encoder.end_ids, slots=1)
-        self.adapter = name
+        self.adapter, self.hf, self.held = name, hf, next(iter(held))
+        self.bare = bare if simple else None
 
     def put_on(self, name: str | None) -> None:
-        """Another adapter, or none, on the base; what was said stays.
+        """Another adapter, several of them (`A+B`), or none, on the base; what was said stays.
 
         Raises:
             ModelError: there is none of this name, or it belongs to another base; the model stays as it was.
         """
-        if name is not None and name not in self.adapters:
-            raise ModelError(f"there is no adapter «{name}» here", do=nearest(name, [*self.adapters, "none"]))
+        for part in [] if name is None else name.split("+"):
+            if part not in self.adapters:
+                raise ModelError(f"there is no adapter «{part}» here", do=nearest(part, [*self.adapters, "none"]))
         self._open(name)
 
     def answer(self, text: str, heard: Heard = lambda _: None) -> str:

@@ -165,7 +165,7 @@ class Predictor:
         size, rows, before = self.size(name), self.rows(stage.data), self.before(name)
         if rows is None:
             return Cost(basis="nothing: its data are not known")
-        used = rows.splits.get("train", 0.0) * getattr(stage, "share", 1.0)
+        used = rows.used(stage)
         n = stage.epochs * (getattr(stage, "pairs", None) or used)
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
@@ -182,7 +182,7 @@ class Predictor:
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
         work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
         held = work * (FRAGMENTED if self.device.type == "cpu" else 1)
-        memory = self.floor + 4 * size.parameters + 12 * trained + held
+        memory = self.floor + size.bytes(getattr(stage, "quantize", None)) + 12 * trained + held
         if before is not None and before["tokens"] and before["parameters"]:
             every = size.parameters + trained * bool(adapter)
             if before["parameters"] >= every:
@@ -342,8 +342,9 @@ def _written(stage: Generate, rows: Rows | None) -> Rows | None:
 def _earlier(folder: RunFolder) -> list[dict[str, Any]]:
     """stage.json of every finished stage in the folder, those set aside included, the present ones first."""
     out = []
-    paths = folder.path.glob("*/stage.json") if folder.path.is_dir() else []
-    for path in sorted(paths, key=lambda p: ("@" in p.parent.name, p)):
+    for path in sorted(
+        folder.path.glob("*/stage.json") if folder.path.is_dir() else [], key=lambda p: ("@" in p.parent.name, p)
+    ):
         with contextlib.suppress(OSError, ValueError):
             out.append(read_json(path))
     return out

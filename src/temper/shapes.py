@@ -23,7 +23,7 @@ from temper.data.card import read_rows
 from temper.data.formats import apply, texts
 from temper.engine import device as devices
 from temper.errors import ModelError
-from temper.models import adapters, load
+from temper.models import adapters, load, quantized
 from temper.models.methods import Adapter
 from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
@@ -52,6 +52,12 @@ class Size:
     @property
     def matrices(self) -> int:
         return sum(a * b for a, b in self.linear)
+
+    def bytes(self, held: quantized.Held | None) -> float:
+        """Memory of the weights in float32; of a base in few bits that of its matrices as they are held, scales included
+        (Dettmers et al. 2023, section 3: 0.127 bits a weight in NF4)."""
+        few = {None: 4.0, "nf4": (4 + 0.127) / 8, "int8": 1.0}[held]
+        return 4.0 * (self.parameters - self.matrices) + few * self.matrices
 
     def adapter(self, adapter: Adapter) -> int:
         """Parameters of an adapter on this model.
@@ -164,6 +170,11 @@ class Rows:
     answer: float
     basis: str
 
+    def used(self, stage: Any) -> float:
+        """Training rows of which a stage makes use."""
+        n = min(self.splits.get("train", 0.0), getattr(stage, "take", None) or float("inf"))
+        return n * float(getattr(stage, "share", 1.0))
+
 
 Count = Callable[[str], int]  # the tokens of a text
 
@@ -214,12 +225,12 @@ def rows_of_source(stage: Data, recipe: Recipe, count: Count | None = None) -> R
     Raises:
         DataError, RecipeError: as reading the source would.
     """
-    made = stage.source.startswith(sources.MINI)
+    made, most = stage.source.startswith(sources.MINI), (stage.best.rows if stage.best else None) or float("inf")
     if not made and sources.fingerprint(stage.source, recipe.folder, split=stage.split) is None:
         if stage.take is None:
             return None
         tokens = min(ASSUMED_TOKENS, stage.drop.longer_than or ASSUMED_TOKENS)
-        return Rows(_splits(stage, stage.take), tokens, tokens / 4, f"{tokens} tokens a row assumed")
+        return Rows(_splits(stage, min(stage.take, most)), tokens, tokens / 4, f"{tokens} tokens a row assumed")
     look = min(LOOKED_AT, stage.take or LOOKED_AT) if made else stage.take
     records = sources.read(
         stage.source, split=stage.split, encoding=stage.encoding, base=recipe.folder, rows=look, seed=recipe.seed
@@ -227,7 +238,7 @@ def rows_of_source(stage: Data, recipe: Recipe, count: Count | None = None) -> R
     n = (stage.take or mini.ROWS[stage.split]) if made else len(records)
     templates = {name: value for name in TEMPLATES if (value := getattr(stage, name)) is not None}
     tokens, answer, basis = _lengths([r.row for r in apply(records[:LOOKED_AT], templates, keep=stage.keep)], count)
-    return Rows(_splits(stage, n), tokens, answer, basis)
+    return Rows(_splits(stage, min(n, most)), tokens, answer, basis)
 
 
 def _splits(stage: Data, n: float) -> dict[str, float]:

@@ -27,7 +27,8 @@ class Outputs:
     `tokens` tokens (its end token included); both are None where no metric asked for them.
     `ended` says whether the model ended its answer itself rather than by the length limit.
     `kl` is the divergence of this model from another along its own prediction, in nats summed over its tokens.
-    `toxicity` is a classifier's probability that each of a prompt's k answers is toxic, its prediction first.
+    `toxicity` is a classifier's probability that each of a prompt's k answers is toxic (or has the label asked for), its
+    prediction first.
     `rewards` are a reward model's, of each prompt and prediction as one text; `second_rewards` are another one's.
     `pairs` are log-probabilities of whole answers in nats, of the chosen and of the rejected one, summed over their
     `pair_tokens` tokens (end tokens included); `reference_pairs` are a reference model's. A pair that was not scored is nan.

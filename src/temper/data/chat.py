@@ -10,28 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import jinja2
-from pydantic import Field
-
+from temper.data.forms import Format, asked, check_prompts, conversation, is_text, plain_prompt
 from temper.data.seams import Seams, Unknown
+from temper.data.written import Talk, add_speakers, bounded, marked, rendered, speakers
 from temper.errors import DataError, ModelError
-from temper.recipe import Config
 from temper.types import Record, Row
 
 AT_ONCE = 1000  # rows that are tokenised together: enough to keep all cores busy
-
-
-class Format(Config):
-    """How a prompt and an answer are written out for a model; the same in training and at inference."""
-
-    chat: Literal["auto", "template", "plain"] = Field(
-        default="auto",
-        description="template: the tokenizer's chat template; plain: prompt, separator, answer; auto: template where there is one.",
-    )
-    separator: str = Field(default="\n", description="What stands between prompt and answer in the plain form.")
-    system: str | None = Field(default=None, description="A system message put before every conversation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,63 +43,6 @@ class Encoded:
         return max(self.prompt_length, len(self.ids) - self.prompt_length) if self.apart else len(self.ids)
 
 
-def is_text(row: Row) -> bool:
-    """Whether a row is plain text, which has no prompt; a `text` beside an answer is a column carried along."""
-    return "text" in row and not row.keys() & {"completion", "chosen", "messages"}
-
-
-def check_prompts(records: Sequence[Record]) -> None:
-    """Raises DataError where a row is plain text: there is nothing to answer."""
-    if plain := next((r for r in records if is_text(r.row)), None):
-        raise DataError(
-            "plain text has no prompt to answer",
-            where=plain.where,
-            do="ask only for metrics of likelihood (loss, perplexity), or map the rows to prompt and completion",
-        )
-
-
-def conversation(row: Row, form: Format) -> list[dict[str, str]]:
-    """A prompt–completion row as a conversation; `prompt` may itself be a list of messages (TRL's form)."""
-    if "messages" in row:
-        found = [dict(m) for m in row["messages"]]
-    else:
-        prompt, answer = row["prompt"], row.get("completion")
-        found = [dict(m) for m in prompt] if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-        if answer is not None:
-            found += (
-                [dict(m) for m in answer] if not isinstance(answer, str) else [{"role": "assistant", "content": answer}]
-            )
-    if form.system is not None and (not found or found[0]["role"] != "system"):
-        found.insert(0, {"role": "system", "content": form.system})
-    return found
-
-
-def asked(row: Row, form: Format) -> list[dict[str, str]]:
-    """The conversation before its (last) answer."""
-    messages = conversation({k: v for k, v in row.items() if k != "completion"}, form)
-    if messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages
-
-
-def plain_prompt(row: Row, form: Format) -> str:
-    """The text before an answer in the plain form.
-
-    Newlines of the separator go with the prompt, its spaces with the answer: that is how tokenizers cut words.
-
-    Raises:
-        DataError: a conversation, which only a chat template can write out.
-    """
-    if "messages" in row:
-        raise DataError(
-            "a conversation needs a chat template",
-            do="choose a model whose tokenizer has one, or map it to prompt and completion",
-        )
-    if not isinstance(row["prompt"], str):
-        raise DataError("a prompt made of messages needs a chat template", do="choose a model whose tokenizer has one")
-    return (f"{form.system}\n" if form.system else "") + row["prompt"] + form.separator.rstrip(" ")
-
-
 class Encoder:
     """Renders and tokenises rows of TRL's dataset types for one tokenizer.
 
@@ -120,14 +50,24 @@ class Encoder:
         end_ids: tokens that end an answer, beside the tokenizer's own.
         apart: for an encoder–decoder: prompt and (last) answer are tokenised by themselves, each with the special tokens
             that the tokenizer gives a text, and no separator.
+        teach: the model is trained on the rows as a whole, so that prefixes of speakers can become special tokens;
+            `tokens` then counts those that were added.
 
     Raises:
         ModelError: the template cannot be used: no end token, answers that cannot be found in the rendered text.
     """
 
-    def __init__(self, tokenizer: Any, form: Format, *, end_ids: Sequence[int] = (), apart: bool = False) -> None:
-        self.tokenizer, self.form, self.apart = tokenizer, form, apart
-        self.templated = form.chat == "template" or (form.chat == "auto" and bool(tokenizer.chat_template))
+    def __init__(
+        self, tokenizer: Any, form: Format, *, end_ids: Sequence[int] = (), apart: bool = False, teach: bool = False
+    ) -> None:
+        self.tokenizer, self.form, self.apart, self.tokens = tokenizer, form, apart, 0
+        if form.chat == "speakers" and not tokenizer.chat_template and tokenizer.eos_token_id is not None:
+            self.tokens = len(add_speakers(tokenizer, form.speakers)) if teach else 0
+            tokenizer.chat_template = speakers(tokenizer, form.speakers)
+        self.templated = form.chat in ("template", "speakers") or (
+            form.chat == "auto" and bool(tokenizer.chat_template)
+        )
+        self._tried = False
         if self.templated and not tokenizer.chat_template:
             raise ModelError(
                 "the recipe asks for the chat template, and the tokenizer has none",
@@ -158,7 +98,9 @@ class Encoder:
             return ""
         if not self.templated:
             return plain_prompt(row, self.form.model_copy(update={"separator": ""}) if self.apart else self.form)
-        return self._render([asked(row, self.form)], prompt=True)[0]
+        talk = asked(row, self.form)
+        self._try([talk])
+        return rendered(self.tokenizer, [talk], prompt=True)[0]
 
     @staticmethod
     def reference_text(row: Row) -> str:
@@ -240,11 +182,44 @@ class Encoder:
     def _rendered(self, records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
         """`_written` of conversations."""
         talks = [conversation(r.row, self.form) for r in records]
-        answers = [(i, k) for i, talk in enumerate(talks) for k, m in enumerate(talk) if m["role"] == "assistant"]
-        texts = self._render(talks)
-        befores = self._render([talks[i][:k] for i, k in answers], prompt=True)
+        self._try(talks)
+        if lacking := next((r for r, t in zip(records, talks, strict=True) if not _answers(t)), None):
+            raise DataError(
+                f"a conversation of {len(conversation(lacking.row, self.form))} turns without an answer has nothing to train on",
+                where=lacking.where,
+                do="drop: {turns: [2, 1000]}, or check its roles",
+            )
+        texts = rendered(self.tokenizer, talks)
+        found = marked(self.tokenizer, talks)
+        if found is not None and all(
+            plain == text and len(places) == len(_answers(talk))
+            for (plain, places), text, talk in zip(found, texts, talks, strict=True)
+        ):
+            asks = rendered(self.tokenizer, [talk[: _answers(talk)[-1]] for talk in talks], prompt=True)
+            for record, text, ask, (_, places) in zip(records, texts, asks, found, strict=True):
+                if text[: places[-1][0]] != ask:
+                    raise ModelError(
+                        "the chat template asks for an answer otherwise than what stands before the answers that it marks",
+                        where=f"{record.where}: {ask[-40:]!r} and {text[: places[-1][0]][-40:]!r}",
+                        do="let its generation prompt end where {% generation %} begins, or set chat: plain",
+                    )
+            return [(text, [(text[:a], text[:b]) for a, b in places]) for text, places in found]
+        return list(zip(texts, self._between(records, talks, texts), strict=True))
+
+    def _try(self, talks: Sequence[Talk]) -> None:
+        """Once, before the template is let loose: the longest of some conversations within bounds."""
+        if talks and not self._tried:
+            bounded(self.tokenizer, max(talks, key=lambda talk: sum(len(m["content"]) for m in talk)))
+            self._tried = True
+
+    def _between(
+        self, records: Sequence[Record], talks: Sequence[Talk], texts: Sequence[str]
+    ) -> list[list[tuple[str, str]]]:
+        """For each answer the text before it and up to its end, from how the template writes what was said until then."""
+        answers = [(i, k) for i, talk in enumerate(talks) for k in _answers(talk)]
+        befores = rendered(self.tokenizer, [talks[i][:k] for i, k in answers], prompt=True)
         within = [(i, k) for i, k in answers if k + 1 < len(talks[i])]  # up to the last answer it is the text
-        uptos = dict(zip(within, self._render([talks[i][: k + 1] for i, k in within]), strict=True))
+        uptos = dict(zip(within, rendered(self.tokenizer, [talks[i][: k + 1] for i, k in within]), strict=True))
         marks: list[list[tuple[str, str]]] = [[] for _ in records]
         for (i, k), before in zip(answers, befores, strict=True):
             upto = uptos.get((i, k), texts[i])
@@ -252,16 +227,10 @@ class Encoder:
                 raise ModelError(
                     "the chat template writes a conversation differently when it goes on, so the answer cannot be found in it",
                     where=f"{records[i].where}, message {k + 1}",
-                    do="train on prompt–completion rows (one answer each), or set chat: plain",
+                    do="train on prompt–completion rows (one answer each), mark answers in the template by {% generation %}, or set chat: plain",
                 )
             marks[i].append((before, upto.rstrip("\n")))  # a newline after the end token belongs to the next turn
-        if lacking := next((r for r, some in zip(records, marks, strict=True) if not some), None):
-            raise DataError(
-                "a conversation without an answer has nothing to train on",
-                where=lacking.where,
-                do="drop it or check its roles",
-            )
-        return list(zip(texts, marks, strict=True))
+        return marks
 
     def _mark(self, record: Record, ids: list[int], edges: list[tuple[tuple[int, int], tuple[int, int]]]) -> Encoded:
         """`edges`: for each answer, before it and up to its end, (tokens shared with the whole, tokens of its own)."""
@@ -276,6 +245,10 @@ class Encoder:
         if not self.templated:
             ids = self._with_end(ids)
             trained = trained + [True] * (len(ids) - len(trained))
+        if True not in trained and self.templated and self.reference_text(record.row):
+            raise ModelError(
+                "the chat template leaves the answer out", where=record.where, do="set chat: plain in the data stage"
+            )
         if True not in trained:
             raise DataError(
                 "nothing of this row is trained: its answer is empty", where=record.where, do="drop: {empty: true}"
@@ -300,23 +273,10 @@ class Encoder:
     def _plain_answer(self, row: Row) -> str:
         return self.form.separator[len(self.form.separator.rstrip(" ")) :] + row["completion"]
 
-    def _render(self, talks: Sequence[list[dict[str, str]]], *, prompt: bool = False) -> list[str]:
-        if not talks:
-            return []
-        how = {"tokenize": False, "add_generation_prompt": prompt}
-        try:
-            return self.tokenizer.apply_chat_template(talks, **how)  # type: ignore[no-any-return]
-        except jinja2.TemplateError:  # such as «roles must alternate», «no system role»; now find out where
-            for messages in talks:
-                try:
-                    self.tokenizer.apply_chat_template(messages, **how)
-                except jinja2.TemplateError as error:
-                    roles = ", ".join(str(m.get("role")) for m in messages)
-                    raise ModelError(
-                        f"the chat template refuses a conversation of the roles {roles}: {error}",
-                        do="map the rows to roles that the template knows, or set chat: plain in the data stage",
-                    ) from None
-            raise
+
+def _answers(talk: Talk) -> list[int]:
+    """Places of the assistant's messages."""
+    return [k for k, m in enumerate(talk) if m["role"] == "assistant"]
 
 
 def show(tokenizer: Any, example: Encoded, limit: int = 1200) -> str:

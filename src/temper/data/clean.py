@@ -11,11 +11,13 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from temper.data import dialogues
 from temper.data.digests import Digests
 from temper.data.formats import joined_text, key_of, prompt_of, text_of, texts
 from temper.data.near import near_duplicates
-from temper.data.spool import View, chosen, mapped
-from temper.errors import DataError
+from temper.data.spool import View, at, chosen, joined, mapped
+from temper.data.templates import number
+from temper.errors import DataError, nearest
 from temper.types import Record, Row
 
 TOO_LONG = "too long"  # the reason of `longer_than`, as it is counted
@@ -63,6 +65,14 @@ class Drop(BaseModel):
         default=None,
         description="keep only rows whose characters of completion / characters of prompt lie in [low, high]",
     )
+    turns: tuple[int, int] | None = Field(
+        default=None, description="keep only conversations of [fewest, most] messages, the system's aside"
+    )
+    disordered: bool = Field(
+        default=False,
+        description="drop conversations whose roles are out of order (user and assistant in turn, the user first); otherwise "
+        "they are an error",
+    )
     near_threshold: float = Field(
         default=0.8,
         gt=0,
@@ -79,7 +89,19 @@ class Drop(BaseModel):
             raise ValueError(f"shorter_than {self.shorter_than} and longer_than {self.longer_than} drop every row")
         if self.ratio and not 0 <= self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {list(self.ratio)} must be [low, high] with 0 ≤ low ≤ high")
+        if self.turns and not 1 <= self.turns[0] <= self.turns[1]:
+            raise ValueError(f"turns {list(self.turns)} must be [fewest, most] with 1 ≤ fewest ≤ most")
         return self
+
+
+class Best(BaseModel):
+    """Rows in the order of a mark, the best first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: str = Field(description="a column of numbers, higher is better")
+    rows: int | None = Field(default=None, ge=1, description="keep so many; the others are dropped, counted")
+    at_least: float | None = Field(default=None, description="drop rows with a lower mark, counted")
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,29 @@ def clean(records: Sequence[Record], drop: Drop, *, length: Callable[[Row], int]
     return cleaned
 
 
+def in_order(cleaned: Cleaned, best: Best) -> Cleaned:
+    """The rows that stay in the order of a mark, of equal marks as they came; those that are not among the best go too.
+
+    Raises:
+        DataError: a row has no such column, or no number in it; none has so high a mark.
+    """
+    kept = cleaned.kept
+    marks = np.fromiter((_mark(record, best.by) for record in kept), float, len(kept))
+    order = np.argsort(-marks, kind="stable")
+    low = len(kept) if best.at_least is None else int((marks >= best.at_least).sum())
+    last = low if best.rows is None else min(low, best.rows)
+    if not last:
+        raise DataError(f"no row has a mark of {best.at_least:g} in {best.by}: the highest is {marks.max():g}", do="lower best.at_least")  # fmt: skip
+    lost = [(r, f"not among the best {last:,} by {best.by}") for r in at(kept, order[last:].tolist())]
+    return Cleaned(at(kept, order[:last].tolist()), joined(cleaned.dropped, lost))
+
+
+def _mark(record: Record, by: str) -> float:
+    if by not in record.row:
+        raise DataError(f"there is no column «{by}» to order by", where=record.where, do=nearest(by, record.row))
+    return number(record.row[by], by, record.where)
+
+
 def _but(n: int, gone: Iterable[int]) -> np.ndarray:
     """The numbers below n that are not gone, int64."""
     stays = np.ones(n, bool)
@@ -149,6 +194,15 @@ def _reasons(
         yield "empty"
     if "chosen" in row and "rejected" in row and (text_of(row["chosen"]) or "") == (text_of(row["rejected"]) or ""):
         yield "chosen equals rejected"
+    turns = None if drop.turns is None else dialogues.turns(row)
+    if drop.turns is not None and turns is not None and not drop.turns[0] <= turns <= drop.turns[1]:
+        yield "too few turns" if turns < drop.turns[0] else "too many turns"
+    if (wrong := dialogues.disorder(row)) is not None:
+        if not drop.disordered:
+            raise DataError(
+                f"roles out of order: {wrong}", where=record.where, do="drop: {disordered: true}, or mend the source"
+            )
+        yield "roles out of order"
     for part in drop.contains:
         if any(part in text for text in found.values()):
             yield f"contains «{part}»"

@@ -12,7 +12,8 @@ The types (https://huggingface.co/docs/trl/dataset_formats), by a row's columns:
     preference             chosen, rejected (prompt)
     unpaired_preference    prompt, completion, label (true or false)
 
-`prompt`, `completion`, `chosen` and `rejected` are all text or all lists of messages.
+`prompt`, `completion`, `chosen` and `rejected` are all text or all lists of messages. `messages` may be a dialogue in one of
+the other forms that `dialogues` reads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from temper.data import dialogues
 from temper.data.templates import filled, is_null, parsed
 from temper.errors import DataError, RecipeError, nearest
 from temper.types import Record, Row
@@ -93,6 +95,10 @@ def applied(
         row = {key: filled(template, record, key) for key, template in ready.items()} if ready else dict(record.row)
         if "label" in row:
             row["label"] = _label(row["label"])
+        if not ready and "messages" not in row and "conversations" in row:
+            row["messages"] = row.pop("conversations")  # ShareGPT's column
+        if "messages" in row:
+            row["messages"] = dialogues.messages(row["messages"], record.where)
         if ready:
             row |= {name: record.row.get(name) for name in keep}
         kind = dataset_type(row, where=record.where)

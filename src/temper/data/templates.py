@@ -2,6 +2,8 @@
 
 "Summarise:\n{text}"       {column} is replaced by the row's value, {{ and }} are braces
 "{text|first 6 words}"     the beginning of a text; {text|after 6 words} is the rest
+"{mark|at least 3.5}"      yes or no
+"{parsed|last turn}"       what is said last in a dialogue of any form that `dialogues` reads; also first turn
 "{summary}"                a template that is one column alone keeps the value's type
 [{role: user, content: "{question}"}, {role: assistant, content: "{answer}"}]
 """
@@ -12,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from temper.data import dialogues
 from temper.errors import DataError, RecipeError, nearest
 from temper.types import Record
 
@@ -19,22 +22,30 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
 _WORDS = re.compile(r"(.+?)\s*\|\s*(first|after) (\d+) words?")
+_TURN = re.compile(r"(.+?)\s*\|\s*(first|last) turn")
+_LEAST = re.compile(r"(.+?)\s*\|\s*at least (-?\d+(?:\.\d+)?)")
 
 
 class Column(str):
-    """A column's name inside a parsed template, apart from literal text; and which of its words are meant."""
+    """A column's name inside a parsed template, apart from literal text; and what of its value is meant."""
 
     part: tuple[str, int] | None = None  # (first or after, how many words)
+    least: float | None = None  # whether a number reaches it
+    turn: str | None = None  # first or last, of a dialogue
 
     def of(self, value: Any, where: str = "") -> Any:
         """What a template takes of a row's value.
 
         Raises:
-            DataError: words of what is no text.
+            DataError: words of what is no text, a comparison of what is no number.
 
         >>> [Column.read(f"review | {part} 2 words").of("One  of the\\nbest") for part in ("first", "after")]
         ['One  of', 'the\\nbest']
         """
+        if self.least is not None:
+            return "yes" if number(value, self, where) >= self.least else "no"
+        if self.turn is not None:
+            return self._said(value, where)
         if self.part is None or value is None:
             return value
         side, n = self.part
@@ -45,14 +56,44 @@ class Column(str):
             return value[words[0].start() : words[:n][-1].end()] if words and n else ""
         return value[words[n].start() :] if n < len(words) else ""
 
+    def _said(self, value: Any, where: str) -> str:
+        found = dialogues.messages(value, where)
+        if not isinstance(found, list) or not found or not isinstance(found[0], dict) or "content" not in found[-1]:
+            raise DataError(f"only a dialogue has turns, and column «{self}» holds {value!r:.60}", where=where)
+        return str(found[0 if self.turn == "first" else -1]["content"])
+
     @classmethod
     def read(cls, text: str) -> Column:
-        """`name`, `name|first N words` or `name|after N words`; words are what white space parts."""
+        """`name`, `name|first N words` or `name|after N words`; words are what white space parts. `name|at least X`,
+        `name|first turn`, `name|last turn`."""
+        if (match := _TURN.fullmatch(text)) is not None:
+            column = cls(match[1])
+            column.turn = match[2]
+            return column
+        if (match := _LEAST.fullmatch(text)) is not None:
+            column = cls(match[1])
+            column.least = float(match[2])
+            return column
         if (match := _WORDS.fullmatch(text)) is None:
             return cls(text)
         column = cls(match[1])
         column.part = (match[2], int(match[3]))
         return column
+
+
+def number(value: Any, column: str, where: str = "") -> float:
+    """A column's value as a number, which in CSV files is a text.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if found != found:
+        raise DataError(f"column «{column}» holds {value!r:.60}, which is no number", where=where, do="fill it in, or take such rows out of the source")  # fmt: skip
+    return found
 
 
 Parsed = list[str]  # literal text and Columns, in order

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -72,6 +73,11 @@ def keep_memory() -> None:
             allocator.mallopt(setting, bytes_)
 
 
+CPUINFO = Path("/proc/cpuinfo")
+# instructions by which a processor computes in half precision: x86, and ARM's names
+NATIVE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+
+
 def precision(wanted: Precision, device: torch.device) -> str:
     """`auto` is bf16 where a GPU computes in it, else float32: a CPU's results should not depend on its extensions.
 
@@ -85,6 +91,22 @@ def precision(wanted: Precision, device: torch.device) -> str:
     if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ModelError("this GPU does not compute in bf16", do="precision: fp16 or float32")
     return wanted
+
+
+def emulated(kind: str, device: torch.device) -> str | None:
+    """A sentence where a processor has no instructions for a precision, so that it saves no time; None where it has, or
+    where that cannot be told."""
+    flags = _flags() if device.type == "cpu" else frozenset()
+    if kind == "float32" or not flags or flags & NATIVE[kind]:
+        return None
+    return f"this processor does not compute in {kind} itself: it is emulated, and slower than precision: float32"
+
+
+def _flags() -> frozenset[str]:
+    """What Linux says that the first core can do."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    line = next((x for x in lines if x.split(":")[0].strip() in ("flags", "Features")), ":")
+    return frozenset(line.split(":")[1].split())
 
 
 def autocast(device: torch.device, kind: str) -> Any:

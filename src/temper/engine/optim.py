@@ -44,13 +44,28 @@ def adafactor(groups: Any, *, d: float = 1.0, beta2_decay: float = -0.8) -> torc
 @optimizers.register("adamw_8bit")
 def adamw_8bit(groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.Optimizer:
     """AdamW with moments in 8 bits (Dettmers et al. 2022); needs the extra `bnb`."""
-    try:
-        import bitsandbytes  # type: ignore[import-not-found]
-    except ImportError:
+    return _bitsandbytes("adamw_8bit").AdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-any-return]
+
+
+@optimizers.register("paged_adamw_8bit")
+def paged_adamw_8bit(
+    groups: Any, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """The same, its moments moved to the main memory where a graphics card has no room (Dettmers et al. 2023)."""
+    if not torch.cuda.is_available():
         raise ModelError(
-            "adamw_8bit needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw"
-        ) from None
-    return bitsandbytes.optim.adamw.AdamW8bit(groups, betas=betas, eps=eps)
+            "paged_adamw_8bit moves moments between a CUDA device and the main memory, and there is no such device",
+            do="optimizer: adamw_8bit",
+        )
+    return _bitsandbytes("paged_adamw_8bit").PagedAdamW8bit(groups, betas=betas, eps=eps)  # type: ignore[no-any-return]
+
+
+def _bitsandbytes(name: str) -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ModelError(f"{name} needs bitsandbytes", do="pip install 'temper-lm[bnb]', or optimizer: adamw") from None
+    return bitsandbytes.optim
 
 
 def groups(named: Iterable[tuple[str, torch.nn.Parameter]], lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -86,6 +86,12 @@ def read(spec: Spec, *, where: str = "") -> list[Request]:
                 )
             owners[given] = name
         requests.append(request)
+    if len(asking := [r.name for r in requests if declared[r.name].reads == "toxicity"]) > 1:
+        raise RecipeError(
+            f"{' and '.join(asking)} ask one classifier each, and an evaluation has one",
+            where=where,
+            do="evaluate in two stages",
+        )
     return requests
 
 
@@ -127,7 +133,7 @@ def needs_kl(spec: Spec) -> bool:
 
 
 def asks_of_classifier(spec: Spec) -> dict[str, Any] | None:
-    """The options of the metric that reads `outputs.toxicity`; None where none does."""
+    """The options of the metric (toxicity or style) that reads `outputs.toxicity`; None where none does."""
     return next((r.options for r in read(spec) if declared[r.name].reads == "toxicity"), None)
 
 

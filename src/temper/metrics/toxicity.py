@@ -1,4 +1,4 @@
-"""How toxic predictions are, by a classifier's probability.
+"""How toxic predictions are, or how much in a style, by a classifier's probability.
 
 A maximum has no interval: that of a resample can only be as high as what was seen, and what was not seen is the
 question (Efron and Tibshirani 1993, section 7.4).
@@ -65,3 +65,20 @@ def toxicity(
         signature = f"toxicity_expected_max|of:{k}|{by}"
         found["toxicity_expected_max"] = Scores.mean(every.max(1), signature, **lower)
     return found
+
+
+@register("style", reads="toxicity", gives=lambda **options: ["style"])
+def style(outputs: Outputs, *, label: str = "yes") -> dict[str, Scores]:
+    """A classifier's probability that predictions are in a style: of the answer alone, averaged.
+
+    Args:
+        label: the classifier's label that means the style.
+
+    >>> out = Outputs(["", ""], ["", ""], ["", ""], [True, True], toxicity=np.array([[0.25], [0.75]]), classifier="c")
+    >>> [(s.value, s.higher_is_better, s.signature) for s in style(out).values()]
+    [(0.5, True, 'style|label:yes|by:c')]
+    """
+    if outputs.toxicity is None:
+        raise ValueError("style needs outputs.toxicity")
+    first = np.asarray(outputs.toxicity, dtype=np.float64)[:, 0]
+    return {"style": Scores.mean(first, f"style|label:{label}|by:{outputs.classifier or 'unnamed'}")}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +23,7 @@ from temper.models import adapted, load, quantized
 from temper.models.methods import Adapter, Task, begin_as, of_layers, of_tokens
 from temper.runfolder import write_json
 
-__all__ = ["Adapter", "attach", "merged", "open_model", "put_on", "save", "trained_ends"]
+__all__ = ["Adapter", "attach", "merged", "open_model", "put_on", "save", "stacked", "taken_off", "trained_ends"]
 
 
 def attach(
@@ -230,6 +232,50 @@ def _check_base(folder: str, base: hub.Source) -> dict[str, Any]:
     return note
 
 
+def stacked(model: PreTrainedModel, sources: Sequence[hub.Source]) -> PeftModel:
+    """Several LoRA adapters of one base on it at once: their updates add up, exactly, as one adapter of all their ranks.
+
+    Args:
+        model: the base.
+        sources: each the base with one adapter on it.
+
+    Raises:
+        ModelError: one is no LoRA, or was trained on another base, or on one rounded otherwise.
+    """
+    held = {_note(s.adapters[-1]).get("quantize") for s in sources}
+    if len(held) > 1:
+        raise ModelError(
+            "adapters of a base that was rounded in different ways cannot be stacked", do="take one at a time"
+        )
+    names = []
+    wrapped: Any = model
+    for k, source in enumerate(sources):
+        folder, name = source.adapters[-1], f"adapter{k}"
+        note = _check_base(folder, dataclasses.replace(source, adapters=source.adapters[:-1]))
+        if "parts" in note or PeftConfig.from_pretrained(folder).peft_type != PeftType.LORA:
+            raise ModelError(f"only LoRA adapters add up, and {folder} is none", do="take one at a time")
+        with _without_warnings():
+            if k == 0:
+                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                wrapped.load_adapter(folder, adapter_name=name)
+        names.append(name)
+    with _without_warnings():
+        wrapped.add_weighted_adapter(names, [1.0] * len(names), "stack", combination_type="cat")
+    wrapped.set_adapter("stack")
+    for name in names:
+        wrapped.delete_adapter(name)
+    return wrapped  # type: ignore[no-any-return]
+
+
+def taken_off(model: Any) -> PreTrainedModel:
+    """The base as it was before adapters were put on it; nothing is folded in."""
+    for part in adapted.parts(model):
+        if adapted.kind(part) not in adapted.WORDS | adapted.KEYS:
+            model = part.unload()
+    return adapted.inner(model)
+
+
 def merged(model: PeftModel) -> tuple[PreTrainedModel, float]:
     """The adapter folded into its base, and the largest relative change of a weight tensor.
 
@@ -271,12 +317,33 @@ def open_model(
     Args:
         packed: such a base stays in few bits, or its weights are written out in full; None: as suits the device.
     """
-    held: quantized.Held | None = _note(source.adapters[0]).get("quantize") if source.adapters else None
+    base, notices = open_base(
+        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, packed=packed
+    )
+    return put_on(base, source), notices
+
+
+def held(source: hub.Source) -> quantized.Held | None:
+    """In how few bits the base was held when the adapters of a source trained."""
+    return _note(source.adapters[0]).get("quantize") if source.adapters else None
+
+
+def open_base(
+    source: hub.Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: load.Attention = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    packed: bool | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base of a source as its adapters know it, without them; arguments as of `open_model`."""
+    few = held(source)
     base, notices = load.model(
-        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, quantize=held
+        source, dtype=dtype, attention=attention, device=device, trust_remote_code=trust_remote_code, quantize=few
     )
     if packed is None:  # LLM.int8 rounds what goes into a layer too: written out it would be another function
-        packed = held == "int8" or torch.device(device).type == "cuda"
-    if held and not packed:
+        packed = few == "int8" or torch.device(device).type == "cuda"
+    if few and not packed:
         base = quantized.written_out(base, dtype)
-    return put_on(base, source), notices
+    return base, notices

@@ -232,6 +232,16 @@ def save(hf: PreTrainedModel, tok: Any, folder: Path, *, ends: set[int] | None =
     tok.save_pretrained(folder)
 
 
+def room_for(hf: PreTrainedModel, tok: Any, seed: int) -> None:
+    """Rows of the embeddings for all tokens of a tokenizer; new ones are drawn about the mean of the others (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models")."""
+    embeddings: Any = hf.get_input_embeddings()
+    if len(tok) > embeddings.num_embeddings:
+        torch.manual_seed(seed)
+        with _quiet():
+            hf.resize_token_embeddings(len(tok))
+
+
 def parameters(hf: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters."""
     every = sum(quantized.count(p) for p in hf.parameters())

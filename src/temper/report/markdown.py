@@ -8,6 +8,7 @@ from typing import Any
 from temper.report import fronts, learning, phrases, tables
 from temper.report.read import Run
 from temper.report.tables import Cell, Table
+from temper.report.ways import ways
 
 
 def escape(text: str) -> str:
@@ -30,6 +31,8 @@ def of_run(run: Run) -> str:
         stage = next(s for s in run.stages if s.name == name)
         parts += [f"## {escape(name)}", _list([f.text for f in phrases.findings(evaluation)])]
         parts.append(table(tables.results_table(evaluation, stage.rows, tables.judge(run, stage))))
+        if costs := ways(run, evaluation):
+            parts += [f"### {costs.title}", table(costs)]
         if evaluation.comparisons:
             parts.append(table(tables.comparisons_table(evaluation)))
         if evaluation.spread:

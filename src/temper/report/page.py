@@ -20,6 +20,7 @@ from temper.report.markdown import of_run, of_runs
 from temper.report.plots import Dot, dots
 from temper.report.read import Run, Stage, read_run, results_of
 from temper.report.samples import Group, choose
+from temper.report.ways import ways
 from temper.report.worst import hardest, legend
 
 HERE = Path(__file__).parent
@@ -94,6 +95,7 @@ class EvaluationView:
     evaluation: Evaluation
     findings: list[phrases.Finding]
     results: tables.Table
+    ways: tables.Table | None
     comparisons: tables.Table | None
     spread: tables.Table | None
     panels: list[Panel]
@@ -146,6 +148,7 @@ def _evaluation(run: Run, stage: Stage, colours: dict[str, int]) -> EvaluationVi
         evaluation,
         phrases.findings(evaluation),
         tables.results_table(evaluation, stage.rows, tables.judge(run, stage)),
+        ways(run, evaluation),
         tables.comparisons_table(evaluation) if evaluation.comparisons else None,
         tables.spread_table(evaluation) if evaluation.spread else None,
         [panel for metric in evaluation.metrics if (panel := _panel(evaluation, metric, colours))],

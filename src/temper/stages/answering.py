@@ -14,8 +14,9 @@ import torch
 
 from temper import hub, metrics
 from temper.address import Address
-from temper.data.chat import Encoder, is_text
+from temper.data.chat import Encoder
 from temper.data.formats import text_of
+from temper.data.forms import is_text
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError
 from temper.job import Job

@@ -23,7 +23,8 @@ from temper.models import adapters, load
 from temper.models.adapters import Adapter
 from temper.models.classify import Classifier, untrained
 from temper.recipe import DataRef, ModelRef, Stage, detail, stages
-from temper.stages.training import note_used, proven_merge, read_split, summarise
+from temper.stages.beforehand import summarise
+from temper.stages.training import note_used, proven_merge, read_split
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 

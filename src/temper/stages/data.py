@@ -12,9 +12,9 @@ import numpy as np
 
 from temper.data import sources
 from temper.data.card import card, write_data
-from temper.data.chat import Format
-from temper.data.clean import TOO_LONG, Drop, clean
+from temper.data.clean import TOO_LONG, Best, Drop, clean, in_order
 from temper.data.formats import applied, texts
+from temper.data.forms import Format
 from temper.data.split import leaks, split
 from temper.data.spool import Spool, joined
 from temper.job import Job
@@ -62,6 +62,10 @@ class Data(Stage):
     )
 
     drop: Drop = detail(Drop(), "Which rows are dropped, each with a counted reason.")
+    best: Best | None = detail(
+        None,
+        "Order the rows by a mark, the best first, and keep the best; `take` of a training stage then takes these.",
+    )
     tokenizer: ModelRef | None = detail(
         None, "Count lengths in this model's tokens (base, or a model); null: in characters."
     )
@@ -85,7 +89,8 @@ class Data(Stage):
     def run(self, job: Job) -> None:
         length, unit = self._length(job)
         source = self._read(job, self.source, self.split, self.take)
-        mapped = {"train": self._mapped(job, source.records)}
+        mark = [self.best.by] if self.best is not None and self.best.by not in self.keep else []
+        mapped = {"train": self._mapped(job, source.records, mark)}
         for name in ("validation", "test"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -101,6 +106,8 @@ class Data(Stage):
                 self.drop,
                 length=(lambda row: sum(length(t) for t in texts(row).values())) if unit == "tokens" else None,
             )
+            if self.best is not None and name == "train":
+                cleaned = in_order(cleaned, self.best)
             gone.append(cleaned.dropped)
             splits[name] = cleaned.kept
         dropped = joined(*gone)
@@ -183,9 +190,9 @@ class Data(Stage):
             folder=job.dir,
         )
 
-    def _mapped(self, job: Job, records: Sequence[Record]) -> Sequence[Record]:
+    def _mapped(self, job: Job, records: Sequence[Record], more: Sequence[str] = ()) -> Sequence[Record]:
         templates = {name: getattr(self, name) for name in TEMPLATES if getattr(self, name) is not None}
-        return Spool(applied(records, templates, keep=self.keep), job.dir)
+        return Spool(applied(records, templates, keep=[*self.keep, *more] if templates else self.keep), job.dir)
 
     def _length(self, job: Job) -> tuple[Callable[[str], int], str]:
         """Length of a text, and its unit."""

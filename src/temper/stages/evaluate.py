@@ -61,7 +61,7 @@ class Evaluate(Stage):
         ["rouge"], "Names, or {name: {option: value}}; see `temper list metrics`.", min_length=1
     )
     classifier: ClassifierRef | None = detail(
-        None, "What the metric toxicity asks: a classifier stage, a folder, or a hub id (id@revision)."
+        None, "What the metrics toxicity and style ask: a classifier stage, a folder, or a hub id (id@revision)."
     )
     reward_model: RewardRef | None = detail(
         None, "What the metric reward asks: a stage of kind reward or classifier, a folder, or a hub id (id@revision)."
@@ -160,7 +160,9 @@ class Evaluate(Stage):
     def run(self, job: Job) -> None:
         records = self._records(job)
         asked = metrics.asks_of_classifier(self.metrics)
-        key = "metrics: [{toxicity: {label: …}}]"
+        key = (
+            "metrics: [{toxicity: {label: …}}]" if "toxicity" in str(self.metrics) else "metrics: [{style: {label: …}}]"
+        )
         judge = judging.Judge(job, str(self.classifier), asked["label"], key=key).checked() if asked else None
         rewarders = self._rewarders(job)
         found = {n: replica(n)[0] for n in job.inputs if replica(n)[1] and replica(n)[0] in self.models}

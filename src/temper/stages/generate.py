@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from temper.data import formats
 from temper.data.card import card, read_rows, write_data
-from temper.data.chat import Format
+from temper.data.forms import Format
 from temper.data.grow import Seen, examples
 from temper.data.reject import Reject
 from temper.data.sources import Source

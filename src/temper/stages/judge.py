@@ -147,20 +147,20 @@ def check(*, asked: bool, classifier: str | None, samples: int, decoding: Decodi
     """What an evaluation asks for fits together.
 
     Args:
-        asked: whether a metric reads toxicity.
+        asked: whether a metric asks a classifier.
 
     Raises:
         RecipeError: it does not.
     """
     if asked and classifier is None:
         raise RecipeError(
-            "the metric «toxicity» asks a classifier, and none is named",
+            "the metrics toxicity and style ask a classifier, and none is named",
             do="classifier: a stage of kind classifier, a folder, or a hub id",
         )
     if classifier is not None and not asked:
         raise RecipeError(
             f"classifier: {classifier} is named, and no metric asks it",
-            do="add toxicity to metrics, or leave classifier out",
+            do="add toxicity or style to metrics, or leave classifier out",
         )
     if samples > 1 and not asked:
         raise RecipeError(

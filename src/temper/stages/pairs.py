@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from temper.data.chat import Format, conversation, plain_prompt
+from temper.data.forms import Format, conversation, plain_prompt
 from temper.engine.batches import Batches
 from temper.errors import DataError, ModelError, nearest
 from temper.models.reward import pair

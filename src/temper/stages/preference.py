@@ -23,11 +23,12 @@ from temper.models.reference import Reference
 from temper.models.scores import Policy
 from temper.recipe import DataRef, ModelRef, detail, stages
 from temper.stages import anchor, couples
+from temper.stages.beforehand import summarise
 from temper.stages.comparison import Comparison, Objective
 from temper.stages.couples import Couple
 from temper.stages.seen import note_trained_on
 from temper.stages.sft import NO_LIMIT, encoder_of, warn_of_unknown
-from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable
 from temper.trees import Row, Tree, rows_of
 from temper.types import Record
 

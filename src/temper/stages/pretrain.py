@@ -21,8 +21,9 @@ from temper.losses import nll
 from temper.models import load
 from temper.models.scores import Policy
 from temper.recipe import Config, DataRef, Stage, detail, stages
+from temper.stages.beforehand import summarise
 from temper.stages.denoise import Corrupting, Texts, sentinels
-from temper.stages.training import read_split, settle, summarise
+from temper.stages.training import read_split, settle
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 

@@ -13,7 +13,7 @@ from pydantic import field_validator
 from scipy.stats import rankdata
 
 from temper import statistics
-from temper.data.chat import Format
+from temper.data.forms import Format
 from temper.engine import device as devices
 from temper.engine.batches import Batches
 from temper.engine.loop import Loop
@@ -29,10 +29,11 @@ from temper.models.reward import RewardModel, reads_tips, with_end
 from temper.recipe import DataRef, ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
 from temper.stages import pairs as pairing
+from temper.stages.beforehand import summarise
 from temper.stages.pairs import Coded, DrawnPairs
 from temper.stages.seen import note_trained_on
 from temper.stages.sft import format_of
-from temper.stages.training import note_used, proven_merge, read_split, summarise
+from temper.stages.training import note_used, proven_merge, read_split
 from temper.trees import rows_of
 from temper.types import Record, Scores
 

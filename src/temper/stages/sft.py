@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from temper.data.chat import Encoded, Encoder, Format, is_text, show
+from temper.data.chat import Encoded, Encoder, show
+from temper.data.forms import Format, is_text
 from temper.engine.batches import Batches
 from temper.engine.chains import Chains
 from temper.engine.examples import pieces_of
@@ -21,8 +22,9 @@ from temper.models.scores import Policy
 from temper.recipe import DataRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
+from temper.stages.beforehand import summarise
 from temper.stages.seen import note_trained_on
-from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable, summarise
+from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
 
@@ -54,13 +56,16 @@ class Sft(TrainingStage, Validated):
 
     def run(self, job: Job) -> None:
         records, held = read_split(job, self.data, "train"), read_split(job, self.data, "validation", optional=True)
-        encoder = encoder_of(job, self.model, self.data)
-        tokenizer = encoder.tokenizer
+        encoder = encoder_of(job, self.model, self.data, teach=self.adapter is None)
         encoded, moved = in_chains(encoder, records)
         held_encoded = encoder.encode(held)
         warn_of_unknown(job, encoder)
         longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
-        policy, tokenizer, source, precision = open_policy(job, self, longest)
+        policy, tokenizer, source, precision = open_policy(
+            job, self, longest, tokenizer=encoder.tokenizer, grow=encoder.tokens > 0
+        )
+        if encoder.tokens:
+            job.facts["special tokens added"] = ", ".join(encoder.form.speakers.values())
         trees, note = self._fitted(encoded, policy)
         within = scorable(job, policy, [e.length for e in held_encoded])
         held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
@@ -145,11 +150,12 @@ def format_of(job: Job, ref: str) -> Format:
     return stage.format  # type: ignore[no-any-return]
 
 
-def encoder_of(job: Job, model: str, data: str) -> Encoder:
-    """What writes the rows of a data stage out for a model."""
+def encoder_of(job: Job, model: str, data: str, *, teach: bool = False) -> Encoder:
+    """What writes the rows of a data stage out for a model; `teach`: that is trained on them as a whole."""
     source, trust = job.model(model), job.recipe.trust_remote_code
     apart = load.configuration(source, trust_remote_code=trust).is_encoder_decoder
-    return Encoder(load.tokenizer(source, trust_remote_code=trust), format_of(job, data), apart=apart)
+    tokenizer = load.tokenizer(source, trust_remote_code=trust)
+    return Encoder(tokenizer, format_of(job, data), apart=apart, teach=teach)
 
 
 def warn_of_unknown(job: Job, encoder: Encoder) -> None:

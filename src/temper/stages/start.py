@@ -16,9 +16,9 @@ from temper.job import Job
 from temper.models import adapted, load
 from temper.models.reference import Reference
 from temper.models.scores import Policy
+from temper.stages.beforehand import announce, probe
 from temper.stages.experience import Experience
 from temper.stages.rollout import Prompt
-from temper.stages.training import announce, probe
 from temper.trees import Row
 
 # Mean distance, in nats, of a token's log-probability when it was sampled from the trainer's own. More is no rounding.

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from temper.address import Address
-from temper.data.chat import Encoder, Format, asked, check_prompts, plain_prompt
+from temper.data.chat import Encoder
+from temper.data.forms import Format, asked, check_prompts, plain_prompt
 from temper.engine import device as devices
 from temper.errors import DataError
 from temper.job import Job

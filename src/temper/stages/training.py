@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from peft import PeftModel
 from pydantic import model_validator
 
 from temper import hub
 from temper.data.card import read_rows
-from temper.engine import chains, optim
 from temper.engine import device as devices
-from temper.engine.batches import Batches
-from temper.engine.loop import Loop
 from temper.engine.settings import Training
 from temper.errors import DataError
 from temper.job import Job
@@ -27,7 +22,7 @@ from temper.models.adapters import Adapter
 from temper.models.proof import check_causal, prove
 from temper.models.scores import Policy
 from temper.recipe import ModelRef, Stage, detail
-from temper.trees import Row, Tree
+from temper.trees import Row
 from temper.types import Record
 
 
@@ -49,6 +44,9 @@ class TrainingStage(Stage, Training):
         "auto",
         "auto: trees where they are proven equal on this model, else padded; tree insists, padded does without.",
         pattern="^(auto|tree|padded)$",
+    )
+    take: int | None = detail(
+        None, "Only the first so many training rows: the best ones, where the data stage orders them by a mark.", ge=1
     )
     share: float = detail(
         1.0,
@@ -79,7 +77,10 @@ def read_split(job: Job, ref: str, split: str, *, optional: bool = False) -> lis
             f"{ref} has no rows in its split «{split}»", do="set validation and test of that data stage smaller"
         )
     records = read_rows(path) if path is not None else []
-    return shared(records, getattr(job.stage, "share", 1.0), job.recipe.seed) if split == "train" else records
+    if split != "train":
+        return records
+    records = records[: getattr(job.stage, "take", None)]
+    return shared(records, getattr(job.stage, "share", 1.0), job.recipe.seed)
 
 
 def shared(records: list[Record], share: float, seed: int) -> list[Record]:
@@ -90,16 +91,20 @@ def shared(records: list[Record], share: float, seed: int) -> list[Record]:
     return [records[k] for k in sorted(drawn[: max(1, round(share * len(records)))])]
 
 
-def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, Any, hub.Source, str]:
+def open_policy(
+    job: Job, stage: TrainingStage, length: int, *, tokenizer: Any = None, grow: bool = False
+) -> tuple[Policy, Any, hub.Source, str]:
     """The policy to train, its tokenizer, where its base came from, and the precision used.
 
     Args:
         length: tokens of the longest example, for the probe of the tree pass.
+        tokenizer: by default the model's own.
+        grow: it has more tokens than the model, which gets embeddings for them.
     """
     device = devices.of(job.recipe)
     precision = devices.precision(stage.precision, device)
     source = job.model(stage.model)
-    tokenizer = load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
+    tokenizer = tokenizer or load.tokenizer(source, trust_remote_code=job.recipe.trust_remote_code)
     # Trained weights are float32: in bf16 most of a small update rounds away. A frozen base may be half.
     frozen_half = stage.adapter is not None and precision != "float32" and device.type == "cuda"
     dtype = devices.DTYPES[precision] if frozen_half else torch.float32
@@ -128,6 +133,8 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
     if isinstance(hf, PeftModel):  # training goes on from an unmerged adapter: fold it in, and train the next on top
         hf, _ = adapters.merged(hf)
         hf.requires_grad_(True)  # an adapter's base is frozen
+    if grow:
+        load.room_for(hf, tokenizer, job.seed)
     if stage.adapter is not None:
         hf = adapters.attach(hf, stage.adapter, job.seed, tokenizer=tokenizer)
         for parameter in hf.parameters():
@@ -142,6 +149,8 @@ def open_policy(job: Job, stage: TrainingStage, length: int) -> tuple[Policy, An
 
 def settle(job: Job, policy: Policy, layout: str, length: int, device: torch.device, precision: str) -> None:
     """Choose the layout by proof, and note what is really used."""
+    if slow := devices.emulated(precision, device):
+        job.warn(slow)
     with devices.autocast(device, precision):
         check_causal(policy)
     if layout == "padded":
@@ -206,94 +215,6 @@ def _recomputes(hf: Any) -> bool:
     """Whether activation checkpointing is on; transformers 5.2x renamed the property and warns at the old name."""
     name = "is_activation_checkpointing"
     return bool(getattr(hf, name if hasattr(type(hf), name) else "is_gradient_checkpointing", False))
-
-
-def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree], shown: str) -> None:
-    """Say what is about to happen to a set of examples: data, one example, what a step is, and what it will cost."""
-    batches = loop.batches
-    assert isinstance(batches, Batches)
-    tokens, of_these = int(chains.sizes(trees).sum()), chains.scored(trees)
-    if of_these == 0:
-        raise load.ModelError(
-            "no token of any example is trained", do="look at the data's columns and at the chat template"
-        )
-    first, t = batches.rows(0), loop.training
-    lane = loop.policy.lane(t.row_tokens)
-    cut = f"in rows of {lane}" if lane == t.row_tokens else "of like length" if lane == 1 else "end to end"
-    step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens {cut}"
-    data = [*lines, f"tokens: {tokens:,} an epoch, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
-    row = max(first, key=lambda r: r.tokens)
-    took, memory = probe(loop, [row])
-    seconds = took / row.tokens * batches.tokens(loop.steps) / (1 - loop.plan.share)
-    if loop.plan.text:
-        data.append(loop.plan.text)
-    announce(job, loop, data, step, (seconds, memory), shown)
-
-
-def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[float, float], shown: str) -> None:
-    """The summary before training, on the terminal and kept for the report.
-
-    Args:
-        lines: what goes in.
-        step: what one optimiser step consists of.
-        cost: seconds and bytes that the run is predicted to take.
-        shown: one example.
-    """
-    f, c = job.facts, job.counts
-    if (adapter := adapters.described(loop.policy.hf)) is not None:
-        f["adapter"] = adapter
-    share = c["trainable_parameters"] / c["parameters"]
-    epochs = loop.steps / loop.batches.per_epoch
-    part = "" if epochs >= 1 else ": part of the data is not seen"
-    text = [
-        *lines,
-        f"one optimiser step: {step}",
-        f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({_named(loop.training.schedule)})",
-        f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
-        *([f"adapter: {f['adapter']}"] if "adapter" in f else []),
-        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f['weights']} weights, attention {f['attention']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
-        f"layout {f['layout']}: {f['proof']}",
-        f"predicted: about {_duration(cost[0])} and {cost[1] / 1e9:.1f} GB",
-        "one example, the trained part in ⟦ ⟧:",
-        *(f"  {line}" for line in shown.splitlines()),
-    ]
-    job.summary = "\n".join(text)
-    job.say(job.summary)
-    for warning in loop.warnings():
-        job.warn(warning)
-
-
-def _named(schedule: str | dict[str, Any]) -> str:
-    """A schedule with all its options, as it is used."""
-    name, options = optim.named(schedule)
-    return ", ".join([name, *(f"{key} {value:g}" for key, value in options.items())])
-
-
-def probe(loop: Loop, rows: Sequence[Row]) -> tuple[float, float]:
-    """Seconds of one forward and backward pass over some rows, and bytes that training takes; nothing is changed."""
-    loop.gradients(rows)  # the first pass also pays for what is done once
-    began = time.perf_counter()
-    loop.gradients(rows)
-    took = time.perf_counter() - began
-    memory: float = devices.peak_memory(loop.device) or _resident()
-    for p in loop.policy.parameters():
-        p.grad = None
-    trained = sum(p.numel() * p.element_size() for p in loop.policy.parameters() if p.requires_grad)
-    return took, memory + 2 * trained
-
-
-def _resident() -> float:
-    return float(psutil.Process().memory_info().rss)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def finish(

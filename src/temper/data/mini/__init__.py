@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from temper.data.mini import advice, corpus, insults, reviews, stories
+from temper.data.mini import advice, corpus, insults, jokes, reviews, stories
 from temper.data.mini.article import article, clean, plain
 from temper.data.mini.corpus import PROMPT, RUDE_PROMPT
 from temper.data.mini.draw import Draw
@@ -34,6 +34,9 @@ NAMES: dict[str, str] = {
     "same as a whole sentence), and all of it as text",
     "ru-lessons": "what a base model has learnt about such stories, in other words and answered at length: prompt, "
     "completion, text",
+    "ru-jokes": "short dialogues with witty answers, marked, and some to drop: original, parsed (turns with their speakers), "
+    "total_mark",
+    "ru-talk": "what a base model has read before such jokes: the same questions answered dully: text",
     "en-advice-corpus": "what a base model has read before such questions: diaries, lists, letters, few questions: text",
 }
 
@@ -80,6 +83,8 @@ _MAKERS: dict[str, Callable[[Draw, str | None], Row]] = {
     "en-advice": lambda draw, split: dict(advice.advice(draw, split)),
     "ru-instructions": lambda draw, split: dict(stories.instruction(draw, split)),
     "ru-lessons": lambda draw, split: dict(stories.lesson(draw, split)),
+    "ru-jokes": lambda draw, split: dict(jokes.joke(draw, split)),
+    "ru-talk": lambda draw, split: dict(jokes.talk(draw, split)),
     "en-advice-corpus": lambda draw, split: dict(advice.base_document(draw, split)),
 }
 

@@ -1,14 +1,12 @@
-"""The command line. Heavy modules are imported inside the commands: `temper --help` must not wait for torch."""
+"""Commands on recipes and runs."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,118 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from temper import __version__, terminal
-from temper.errors import RecipeError, RunError, TemperError, nearest
+from temper import terminal
+from temper.cli.base import Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app
+from temper.errors import RecipeError, RunError, nearest
 
 if TYPE_CHECKING:
     from temper.pipeline import Choice
     from temper.plan import Step
     from temper.predict import Cost
     from temper.recipe import Recipe
-
-SEVERAL = {"--stages", "--skip", "--force", "--set", "--config", "--to"}  # options that take one value or several
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `temper recipes`.")]
-Profile = Annotated[str | None, typer.Option(help="Merge this profile of the recipe over it.")]
-Stages = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Only these, and what they need.")]
-Skip = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Leave these out, and what reads them.")]
-Force = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Run these again; old results are set aside.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C …", help="Change a key, such as sft.lr=1e-4.")]
-Overlays = Annotated[
-    list[Path] | None, typer.Option("--config", metavar="FILE …", help="Merge files of the recipe's own shape over it.")
-]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/NAME-PROFILE.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by `main`
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 1 for an error, 2 for a wrong flag, 130 and 143 when it was stopped."""
-    words = list(sys.argv[1:] if words is None else words)
-    debug = "--debug" in words
-    if not debug:  # what matters in what libraries log is checked and said by Temper
-        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ.setdefault(name, "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app(args=spread(words), prog_name="temper")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except TemperError as error:
-        if debug:
-            traceback.print_exc()
-        terminal.tell(error.what, error.where, error.do)
-        return 1
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            terminal.tell(*_unforeseen(error))
-        return 1
-    return 0
-
-
-def _unforeseen(error: Exception) -> tuple[str, str, str]:
-    """(what, where, do) of an error that is not Temper's own."""
-    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is not imported here
-        advice = (
-            "lower micro_tokens, and the run goes on from its last checkpoint (in evaluate: batch_size); or set "
-            "activation_checkpointing: true; finished stages stay"
-        )
-        return "there is not enough memory", line, advice
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror, str(error.filename or ""), "check the path and who may write there; finished stages stay"
-    do = "run the same command with --debug to see where; finished stages stay"
-    return f"this is a defect of Temper, not of your recipe: {line}", "", do
-
-
-def spread(words: Sequence[str]) -> list[str]:
-    """`--stages a b` → `--stages a --stages b`, for options that take several values, where the recipe stands first.
-
-    >>> spread(["run", "my.yaml", "--stages", "a", "b", "--quiet"])
-    ['run', 'my.yaml', '--stages', 'a', '--stages', 'b', '--quiet']
-    >>> spread(["run", "--stages", "a", "my.yaml"])
-    ['run', '--stages', 'a', 'my.yaml']
-    """
-    command = next((k for k, w in enumerate(words) if not w.startswith("-")), len(words))
-    if words[command + 1 : command + 2] == [] or words[command + 1].startswith("-"):
-        return list(words)
-    out: list[str] = list(words[: command + 2])
-    option, first = "", False
-    for word in words[command + 2 :]:
-        if word.startswith("-"):
-            option, first = (word, True) if word in SEVERAL else ("", False)
-            out.append(word)
-        elif option and not first:
-            out += [option, word]
-        else:
-            out.append(word)
-            first = False
-    return out
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"temper {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
-    ] = False,
-    debug: Debug = False,
-) -> None:
-    """Temper post-trains language models: one recipe, one command, one report."""
 
 
 @app.command()
@@ -319,39 +214,6 @@ def prune(
         for path in aside:
             shutil.rmtree(path)
         typer.echo(f"deleted {len(aside)} folders, {terminal.size(sum(sizes))}")
-
-
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A stage's folder, such as runs/NAME/sft, a model's, or a hub id.")],
-    adapter: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="An adapter for /adapter to put on; may be repeated.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this probability together.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    debug: Debug = False,
-) -> None:  # fmt: skip
-    """Talk with a model. /help inside says what can be done there."""
-    from temper import chat as chats
-    from temper.rollouts.decoding import Decoding
-
-    form = chats.form_of(model)
-    if system is not None:
-        form = form.model_copy(update={"system": system})
-    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    talk = chats.opened(model, adapter or [], form=form, decoding=decoding, seed=seed, device=device)
-    for notice in talk.notices:
-        terminal.tell(notice, head="note")
-    there = sys.stdin.isatty()
-    if there:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  lines can be edited
-        terminal.say(f"{model}: {talk.encoder.description}. /help says what can be done, Ctrl-D ends.")
-    write = lambda text: (sys.stdout.write(text), sys.stdout.flush())  # noqa: E731
-    told = lambda error: terminal.tell(error.what, error.where, error.do)  # noqa: E731
-    chats.converse(talk, lambda: input("> " if there else ""), write, told)
 
 
 @app.command()

@@ -1,0 +1,48 @@
+"""The application that the commands belong to, and options that several of them have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from temper import __version__
+
+SEVERAL = {"--stages", "--skip", "--force", "--set", "--config", "--to"}  # options that take one value or several
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `temper recipes`.")]
+Profile = Annotated[str | None, typer.Option(help="Merge this profile of the recipe over it.")]
+Stages = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Only these, and what they need.")]
+Skip = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Leave these out, and what reads them.")]
+Force = Annotated[list[str] | None, typer.Option(metavar="STAGE …", help="Run these again; old results are set aside.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C …", help="Change a key, such as sft.lr=1e-4.")]
+Overlays = Annotated[
+    list[Path] | None, typer.Option("--config", metavar="FILE …", help="Merge files of the recipe's own shape over it.")
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder; by default runs/NAME-PROFILE.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by `main`
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"temper {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Temper post-trains language models: one recipe, one command, one report."""

@@ -1,0 +1,85 @@
+"""Commands on models that were trained."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from temper import terminal
+from temper.cli.base import Debug, app
+from temper.errors import RecipeError, nearest
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A stage's folder, such as runs/NAME/sft, a model's, or a hub id.")]  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    adapter: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="An adapter for /adapter to put on; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this probability together.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Talk with a model. /help inside says what can be done there."""
+    from temper import chat as chats
+    from temper.rollouts.decoding import Decoding
+
+    form = chats.form_of(model)
+    if system is not None:
+        form = form.model_copy(update={"system": system})
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    talk = chats.opened(model, adapter or [], form=form, decoding=decoding, seed=seed, device=device)
+    for notice in talk.notices:
+        terminal.tell(notice, head="note")
+    there = sys.stdin.isatty()
+    if there:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lines can be edited
+        terminal.say(f"{model}: {talk.encoder.description}. /help says what can be done, Ctrl-D ends.")
+    write = lambda text: (sys.stdout.write(text), sys.stdout.flush())  # noqa: E731
+    told = lambda error: terminal.tell(error.what, error.where, error.do)  # noqa: E731
+    chats.converse(talk, lambda: input("> " if there else ""), write, told)
+
+
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    format: Annotated[str, typer.Option(help="safetensors (transformers, vLLM) or gguf (llama.cpp, Ollama).")] = "safetensors",
+    precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16; of gguf f32, f16 or q8_0.")] = None,
+    apart: Annotated[bool, typer.Option("--apart", help="Keep an adapter an adapter, in PEFT's format.")] = False,
+    licence: Annotated[str | None, typer.Option(help="For the model card; by default the base's own.")] = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write a model, its adapter folded in, with a model card; compared with what was trained before it counts."""
+    from temper import export as exports
+
+    known = {"safetensors": ("float32", "bf16", "fp16"), "gguf": ("f16", "f32", "q8_0")}
+    if format not in known:
+        raise RecipeError(f"there is no format «{format}»", do=nearest(format, known))
+    if (precision := precision or known[format][0]) not in known[format]:
+        raise RecipeError(f"{format} has no precision «{precision}»", do=f"choose {', '.join(known[format])}")
+    how = {"packing": precision} if format == "gguf" else {"precision": precision}
+    done = exports.export(model, out, kind=format, licence=licence, apart=apart, **how)  # type: ignore[arg-type]
+    terminal.say(f"written: {done.path}\ncompared with what was trained: {done.compared}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `temper export` wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made can be seen by all.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload an exported model to the Hugging Face hub."""
+    from temper import export as exports
+
+    terminal.say(f"pushed: {exports.push(folder, repo, private=not public)}")
