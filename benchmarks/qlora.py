@@ -1,5 +1,5 @@
 """What a base in few bits saves: LoRA on a float32 base of 100 million parameters, beside QLoRA on the same one, each in a
-process of its own, the same rows in the same order.
+process of its own, the same rows in the same order, the moments of both in 8 bits.
 
     python benchmarks/qlora.py [--steps 40] [--pretrain 120] [--out FILE]
 
@@ -11,6 +11,7 @@ loss over the last quarter of the steps; seconds. Memory is what the kernel coun
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WAYS: dict[str, dict[str, Any]] = {"lora": {}, "nf4": {"quantize": "nf4"}, "int8": {"quantize": "int8"}}
+ALSO = ["transformers.models.llama.modeling_llama", "bitsandbytes", "peft.tuners.lora.bnb", "transformers.integrations.bitsandbytes", "ruamel.yaml"]  # fmt: skip
 SHAPE = {"vocabulary": 2000, "hidden": 768, "layers": 14, "heads": 12, "intermediate": 2048, "context": 256}
+
+
+def temper(*words: str) -> None:
+    """The command, in a process of its own."""
+    code = "from temper.cli import main; raise SystemExit(main())"
+    subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def recipe(folder: Path, base: str, stages: dict[str, Any]) -> Path:
@@ -38,16 +46,16 @@ def pretrained(folder: Path, steps: int) -> Path:
     made = {"stage": "pretrain", "data": "talk", "shape": SHAPE, "lr": 6e-4, "batch_size": 64, "max_steps": steps, "precision": "bf16"}  # fmt: skip
     file = folder / "base.yaml"
     file.write_text(json.dumps({"name": "base", "model": "large", "seed": 7, "stages": {"talk": talk, "large": made}}))
-    subprocess.run([sys.executable, "-c", "from temper.cli import main; raise SystemExit(main())", "run", str(file), "--out", str(folder / "base")], check=True)
+    temper("run", str(file), "--out", str(folder / "base"))
     return folder / "base" / "large" / "model"
 
 
 def child(file: str, out: str) -> None:
     """Run a recipe here; print what memory it took above imports."""
-    from worker import reset_peak, status
+    from worker import IMPORTS, reset_peak, status
 
-    import temper.app
-    import temper.stages  # noqa: F401
+    for module in [*IMPORTS["temper"], *ALSO]:  # what is loaded in any case
+        importlib.import_module(module)
     from temper import pipeline
     from temper import recipe as recipes
     from temper.job import Log
@@ -74,9 +82,10 @@ def child(file: str, out: str) -> None:
 
 def measured(folder: Path, base: Path, name: str, steps: int) -> dict[str, Any]:
     stage = {"stage": "sft", "model": "base", "data": "jokes", "adapter": {"method": "lora", "r": 16, "alpha": 16, "dropout": 0}, "max_steps": steps,
-             "batch_size": 16, "lr": 1e-3, "micro_tokens": 256, "row_tokens": 256, "activation_checkpointing": True, "samples": 0, **WAYS[name]}  # fmt: skip
+             "batch_size": 16, "lr": 1e-3, "optimizer": "adamw_8bit", "micro_tokens": 256, "row_tokens": 256, "activation_checkpointing": True, "samples": 0, **WAYS[name]}  # fmt: skip
     (folder / name).mkdir()
     file = recipe(folder / name, str(base), {"tuned": stage})
+    temper("run", str(file), "--stages", "jokes", "--out", str(folder / name / "run"))  # rows are made before
     done = subprocess.run(
         [sys.executable, str(HERE / "qlora.py"), "--child", str(file), str(folder / name / "run")],
         stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": str(HERE)},

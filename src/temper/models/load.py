@@ -86,15 +86,16 @@ def model(
         more = {"quantization_config": quantized.configuration(quantize, dtype), "device_map": {"": str(device)}}
     config = configuration(source, trust_remote_code=trust_remote_code)
     attention = suited(config, attention, device)
-    loaded, info, notices = weights(
-        AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
-        source,
-        config,
-        dtype=dtype,
-        attention=attention,
-        trust_remote_code=trust_remote_code,
-        **more,
-    )
+    with quantized.lightly() if quantize is not None else contextlib.nullcontext():
+        loaded, info, notices = weights(
+            AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
+            source,
+            config,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            **more,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -106,7 +107,7 @@ def model(
             f"{len(info['unexpected_keys'])} weights of {source.name} belong to no part of the language model and are left out"
         )
     if quantize is not None:  # it is there already
-        return quantized.as_trained(loaded), notices
+        return quantized.as_trained(quantized.on_its_own(loaded)), notices
     loaded.to(device)  # type: ignore[arg-type]
     return loaded, notices
 

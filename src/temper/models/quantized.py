@@ -7,9 +7,15 @@ which gives the same function faster; else packed, for in 8 bits what goes into 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib.util
+import platform
 import warnings
-from typing import Literal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -17,6 +23,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from temper.errors import ModelError
 
 Held = Literal["nf4", "int8"]
+MAPS = Path("/proc/self/maps")
+MADV_DONTNEED = 4
 
 
 def configuration(held: Held, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -40,6 +48,60 @@ def configuration(held: Held, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+@contextlib.contextmanager
+def lightly() -> Iterator[None]:
+    """Within, a weight's pages of its file are given back once it is rounded, and what rounding it left in the heap.
+
+    transformers maps safetensors files into memory, and what was read of a mapping counts as this process's until the last
+    tensor on it is gone: a base of 4 bits would begin with the memory of one in 32. Only mappings that are made within are
+    touched: nobody has written into them, and the loader holds them as long as it rounds.
+    """
+    import bitsandbytes
+
+    functions, there = bitsandbytes.functional, _mapped()
+    before = functions.quantize_4bit, functions.int8_vectorwise_quant
+
+    def after(function: Callable[..., Any]) -> Callable[..., Any]:
+        def rounded(*given: Any, **how: Any) -> Any:
+            out = function(*given, **how)
+            for start, end in _mapped() - there:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+            trim()
+            return out
+
+        return rounded
+
+    functions.quantize_4bit, functions.int8_vectorwise_quant = map(after, before)
+    try:
+        yield
+    finally:
+        functions.quantize_4bit, functions.int8_vectorwise_quant = before
+
+
+def _mapped() -> set[tuple[int, int]]:
+    """Where files of weights are mapped; the hub's cache keeps them under names without an ending."""
+    lines = MAPS.read_text().splitlines() if MAPS.exists() else []
+    files = (line.split()[0].split("-") for line in lines if line.endswith(".safetensors") or "/blobs/" in line)
+    return {(int(start, 16), int(end, 16)) for start, end in files}
+
+
+def trim() -> None:
+    """What the heap holds free goes back to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def on_its_own(base: PreTrainedModel) -> PreTrainedModel:
+    """What was not rounded in memory of its own, so that the files are let go."""
+    with torch.no_grad():
+        for tensor in (*base.parameters(), *base.buffers()):
+            if tensor.device.type == "cpu" and tensor.is_floating_point():
+                tensor.data = tensor.data.clone()
+    gc.collect()
+    trim()
+    return base
 
 
 def as_trained(base: PreTrainedModel) -> PreTrainedModel:

@@ -119,6 +119,7 @@ def open_policy(
             do="merge: true in the stage that made it, or leave quantize out",
         )
     if stage.quantize:
+        devices.keep_memory(False)  # memory is what a base in few bits is for; the next stage sets it anew
         hf, notices = load.model(source, dtype=devices.DTYPES[precision], quantize=stage.quantize, **how)
         job.facts["base held in"] = stage.quantize
     else:
@@ -144,6 +145,8 @@ def open_policy(
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(hf)
     settle(job, policy, stage.layout, length, device, precision)
+    if stage.quantize:
+        quantized.trim()  # what the proof left
     return policy, tokenizer, source, precision
 
 
