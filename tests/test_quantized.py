@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import temper.stages  # noqa: F401  fills the registry
 from temper import hub, pipeline, recipe
 from temper.errors import ModelError, RecipeError
 from temper.models import adapters, load, quantized
 from temper.models.adapters import Adapter
+from temper.shapes import size_of_source
 from test_adapters import IDS, logits, train
 from tiny_models import build
 
@@ -145,3 +148,53 @@ def test_bad_input(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError, match="needs bitsandbytes") as error:
         quantized.configuration("nf4", torch.float32)
     assert "temper-lm[bnb]" in error.value.do
+
+
+@pytest.mark.skipif(not quantized.MAPS.exists(), reason="Linux tells what is mapped")
+@pytest.mark.parametrize("held", HELD)
+def test_loading_takes_no_more_than_what_is_held(held: quantized.Held, tmp_path: Path) -> None:
+    """A file of 50 MB is read through, and none of it is kept: peak of the process, in one of its own."""
+    config = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}  # fmt: skip
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config))
+    hf.save_pretrained(tmp_path / "base")
+    size = sum(p.numel() * 4 for p in hf.parameters())
+    program = (
+        "import sys, gc\nfrom pathlib import Path\nfrom temper import hub\nfrom temper.models import load\n"
+        "import transformers.models.llama.modeling_llama, transformers.integrations.bitsandbytes, bitsandbytes\n"
+        "at = lambda key: int(next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith(key)).split()[1]) * 1024\n"
+        "source = hub.Source(sys.argv[1])\n"
+        "load.model(source, quantize=sys.argv[2]); gc.collect()\n"  # what is done once
+        "before = at('VmRSS:'); Path('/proc/self/clear_refs').write_text('5')\n"
+        "hf, _ = load.model(source, quantize=sys.argv[2])\n"
+        "mapped = [x for x in Path('/proc/self/maps').read_text().splitlines() if x.endswith('.safetensors')]\n"
+        "print(at('VmHWM:') - before, at('VmRSS:') - before, len(mapped))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "base"), held], capture_output=True, text=True, check=True)  # fmt: skip
+    peak, left, mapped = map(int, done.stdout.split())
+    assert size > 45e6 and mapped == 0, "the file is let go"
+    assert peak < 0.8 * size and left < 0.45 * size, (peak, left, size)
+
+
+def test_weights_that_were_trained_stay_what_they_are_while_another_copy_is_rounded(base: hub.Source) -> None:
+    """Pages of files are given back, and those of a model that was written into are not among them."""
+    mine = load.model(base)[0]
+    with torch.no_grad():
+        for p in mine.parameters():
+            p.add_(0.25)  # in place, in the mapping of the file
+    before = [p.clone() for p in mine.parameters()]
+    load.model(base, quantize="nf4")
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("held", [None, *HELD])
+def test_a_plan_knows_what_a_base_takes(held: quantized.Held | None, tmp_path: Path) -> None:
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500}  # fmt: skip
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)).save_pretrained(tmp_path / "base")
+    source = hub.Source(str(tmp_path / "base"))
+    hf = load.model(source, quantize=held)[0]
+    taken = 0
+    for p in hf.parameters():
+        taken += p.numel() * p.element_size()
+        if state := getattr(p, "quant_state", None):  # scales, their scales
+            taken += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax))
+    assert size_of_source(source).bytes(held) == pytest.approx(taken, rel=0.01)

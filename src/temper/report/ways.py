@@ -14,7 +14,7 @@ def ways(run: Run, evaluation: Evaluation) -> Table | None:
     found = [(s, before) for s in run.stages if s.name in evaluation.models and (before := _before(run, s, evaluation))]
     if not found:
         return None
-    body = [[words("began as"), *(words(before) for _, before in found)]]
+    body = [[words("began as"), *(Cell(before) for _, before in found)]]
     for metric, digits in places_of(evaluation).items():
         label = f"{metric} {arrow(evaluation.higher_is_better(metric))}".strip()
         body.append([words(label), *(_gain(evaluation, metric, digits, s.name, before) for s, before in found)])
@@ -29,13 +29,13 @@ def ways(run: Run, evaluation: Evaluation) -> Table | None:
             *(Cell(count(i.trainable_parameters), _share(i.trainable_parameters, i.parameters)) for i in infos),
         ]
     )
-    body.append([words("base held in"), *(words(str(i.facts.get("base held in", i.facts.get("weights", NONE)))) for i in infos)])  # fmt: skip
+    body.append([words("base held in"), *(Cell(str(i.facts.get("base held in", i.facts.get("weights", NONE)))) for i in infos)])  # fmt: skip
     body.append([words("size on disk"), *(Cell(size(i.bytes_on_disk)) for i in infos)])
     notes = [
         "Before → after, and their difference with its 95 % interval where the two were compared. Time, memory and disk are "
         "those of the stage alone, not of what it began as."
     ]
-    return Table([words(""), *(words(s.name, s.kind) for s, _ in found)], body, "What each way gives and costs", notes)
+    return Table([words(""), *(Cell(s.name, s.kind) for s, _ in found)], body, "What each way gives and costs", notes)
 
 
 def _before(run: Run, stage: Stage, evaluation: Evaluation) -> str | None:
