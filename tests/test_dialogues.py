@@ -130,6 +130,16 @@ def test_none_is_good_enough() -> None:
         in_order(Cleaned(records([{"mark": 2}]), []), Best(by="mark", at_least=3))
 
 
+def test_a_filter_that_is_none_is_told_with_those_that_are() -> None:
+    with pytest.raises(DataError) as caught:
+        list(formats.applied(records([{"parsed": JOKE}]), {"text": "{parsed|last turns}"}))
+    assert "first turn, last turn" in caught.value.do
+    (row,) = formats.applied(records([{"parsed": JOKE}]), {"prompt": "{parsed|first turn}", "completion": "{parsed|last turn}"})  # fmt: skip
+    assert row.row == {"prompt": JOKE[0], "completion": JOKE[1]}
+    with pytest.raises(DataError, match="only a dialogue has turns"):
+        list(formats.applied(records([{"parsed": "plain"}]), {"text": "{parsed|last turn}"}))
+
+
 def test_a_label_by_a_threshold() -> None:
     rows = records([{"t": "a", "mark": "3.5"}, {"t": "b", "mark": 3.49}])
     made = list(formats.applied(rows, {"text": "{t}", "label": "{mark|at least 3.5}"}))
@@ -153,6 +163,8 @@ def test_a_data_stage_orders_its_rows_and_keeps_the_mark(tmp_path: Path) -> None
     assert marks == sorted(marks, reverse=True) and len(marks) == 10 and min(marks) == 5
     card = json.loads((run / "jokes/card.json").read_text())
     assert card["rows_in"] == 40 and card["dropped"] == {"not among the best 10 by total_mark": 30}
+    with pytest.raises(DataError, match=r"best\.by: there is no column «mark»"):
+        made(tmp_path, source="a.jsonl", messages="{parsed}", best={"by": "mark", "rows": 10})
     with pytest.raises(RecipeError, match=r"best\.row"):
         made(tmp_path, source="a.jsonl", messages="{parsed}", best={"by": "total_mark", "row": 10})
 

@@ -21,6 +21,7 @@ from hubbed import Hub, hub_served, pushed
 from temper import export as exports
 from temper import hub
 from temper.errors import ModelError, RunError
+from temper.export import card as carding
 from temper.export import folder as writing
 from temper.export import gguf as packing
 from temper.models import adapters
@@ -96,6 +97,47 @@ def test_the_card_says_what_is_known(jokes: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in text and "/tmp" not in text, "paths of a machine mean nothing elsewhere"
     unknown = (exports.export(str(jokes / "full"), tmp_path / "other").path / "README.md").read_text()
     assert "Not known here" in unknown and 'license: "other"' in unknown
+
+
+def test_a_card_of_an_adapter_says_what_it_goes_on(jokes: Path, tmp_path: Path) -> None:
+    done = exports.export(str(jokes / "qlora"), tmp_path / "out", apart=True)
+    text = (done.path / "README.md").read_text()
+    assert 'library_name: "peft"' in text and "the stage `large`" in text and "held in nf4" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"BASE": str(jokes / "large/model"), "FOLDER": str(done.path)}
+    exec(compile(code, "card", "exec"), names)  # as a reader would
+    ids = AutoTokenizer.from_pretrained(done.path)("Почему?")["input_ids"]
+    source = hub.locate(str(jokes / "qlora"), Path())
+    wanted = log_probabilities(adapters.open_model(source, packed=True)[0], ids)
+    assert (log_probabilities(names["model"], ids) - wanted).abs().max() < 0.05
+    with pytest.raises(ModelError, match="written in the precision that it has"):
+        exports.export(str(jokes / "qlora"), tmp_path / "other", apart=True, precision="bf16")
+    with pytest.raises(ModelError, match="no adapter to keep apart"):
+        exports.export(str(jokes / "full"), tmp_path / "other", apart=True)
+
+
+def test_paths_of_this_machine_are_not_published(tmp_path: Path) -> None:
+    text = "source: /work/data/jokes.jsonl\nmodel: ../base/model\nother: org/name\nurl: http://127.0.0.1:8000/v1#x\nlist: [~/a/b.csv, 'c/d']"
+    out = carding.PATH.sub(lambda m: Path(m[0]).name, text)
+    assert (
+        out
+        == "source: jokes.jsonl\nmodel: model\nother: org/name\nurl: http://127.0.0.1:8000/v1#x\nlist: [b.csv, 'c/d']"
+    )
+
+
+def test_a_classifier_is_no_language_model(jokes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a classifier or a reward model"):
+        exports.export(str(jokes / "style"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_exported_can_be_exported(jokes: Path, tmp_path: Path) -> None:
+    """A model with a chat template and of no run: plain texts stand in for rows."""
+    first = exports.export(str(jokes / "full"), tmp_path / "first")
+    again = exports.export(str(first.path), tmp_path / "again", kind="gguf")
+    assert "on 3 plain texts" in again.compared
+    assert {oct(f.stat().st_mode & 0o777) for f in again.path.iterdir()} == {"0o644"}
+    assert 'library_name: "gguf"' in (again.path / "README.md").read_text()
 
 
 def test_a_model_of_no_run_and_the_licence_of_its_own_card(tmp_path: Path) -> None:

@@ -122,10 +122,11 @@ def test_dialogue_style(tmp_path: Path) -> None:
     assert [int(c.split(" ")[0].replace(",", "")) for c in rows["trainable parameters"]] == trained
     page = (run / "report/index.html").read_text()
     assert "What each way gives and costs" in page
+    assert "float32 over nf4 weights" in (run / "pipeline.log").read_text()
     fact = json.loads((run / "merged/stage.json").read_text())["facts"]["merge"]
     assert "log-probabilities equal the adapter's" in fact
     held = json.loads((run / "qlora/stage.json").read_text())["facts"]
-    assert held["base held in"] == "nf4" and held["written_as"] == "the tokenizer's chat template"
+    assert held["base held in"] == "nf4" and held["written_as"] == "<user> question <assistant> answer and end token"
     assert (
         json.loads((run / "full/stage.json").read_text())["facts"]["special tokens added"]
         == "<system>, <user>, <assistant>"

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from temper import chat, hub
+from temper.cli import main
 from temper.data.chat import Encoder
 from temper.data.forms import Format
 from temper.errors import DataError, ModelError, RecipeError
@@ -135,8 +136,48 @@ def test_adapters_are_stacked(model: Path, adapter: Path, dry: Path) -> None:
         talk.command(line)
         talk.command("/reset")
         assert talk.answer("Hello") == sampled(model, asked, 2, 0, folders), "the others are gone without a trace"
-    with pytest.raises(ModelError, match="no adapter «wet»"):
+    with pytest.raises(ModelError, match="no adapter «wet»") as caught:
         talk.command("/adapter witty+wet")
+    assert "there are: witty, dry" in caught.value.where
+    with pytest.raises(ModelError, match="named twice"):
+        talk.command("/adapter dry + dry")
+    assert "adapter: witty+dry" in talk.command("/adapter witty + dry")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--temperature", "-1"), "--temperature"),
+        (("--max-new-tokens", "0"), "--max-new-tokens"),
+        (("--top-p", "2"), "--top-p"),
+    ],
+)
+def test_settings_that_are_none(
+    words: tuple[str, str], said: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", str(model), *words]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "defect" not in shown
+
+
+def test_what_is_no_adapter_is_told_at_once(model: Path) -> None:
+    with pytest.raises(ModelError, match="holds no adapter"):
+        chat.opened(str(model), [model])
+
+
+def test_an_answer_that_is_cut_is_told(model: Path) -> None:
+    talk = chat.opened(str(model), [], decoding=Decoding(max_new_tokens=3), seed=2)
+    lines = iter(["Hello"])
+    shown: list[str] = []
+
+    def read() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    chat.converse(talk, read, shown.append, lambda error: pytest.fail(str(error)))
+    assert not talk.ended and "".join(shown).endswith("(cut: that is all that it may write)\n")
 
 
 def test_the_base_is_read_once(
@@ -186,7 +227,10 @@ def test_an_adapter_of_another_base_is_refused_and_the_talk_goes_on(model: Path,
         other.lm_head.weight.add_(1e-3)
     other.save_pretrained(tmp_path / "other")
     load.tokenizer(hub.Source(str(model))).save_pretrained(tmp_path / "other")
-    talk = chat.opened(str(tmp_path / "other"), [adapter], decoding=DRAWN)
+    with pytest.raises(ModelError, match="trained on another base"):  # before anybody has said a word
+        chat.opened(str(tmp_path / "other"), [adapter], decoding=DRAWN)
+    talk = chat.opened(str(tmp_path / "other"), [], decoding=DRAWN)
+    talk.adapters["witty"] = (str(adapter / "adapter"),)
     before = talk.answer("Hello")
     with pytest.raises(ModelError, match="trained on another base"):
         talk.command("/adapter witty")
@@ -261,8 +305,8 @@ def test_the_command_reads_lines_and_goes_on_after_an_error(model: Path, adapter
     asked = [{"role": "user", "content": "Hello"}]
     plain, styled = sampled(model, asked, 2, 0), sampled(model, asked, 2, 0, (str(adapter / "adapter"),))
     assert ended.returncode == 0, ended.stderr
-    told = ended.stdout
-    assert (
+    told = ended.stdout.replace("\n(cut: that is all that it may write)", "")
+    assert told != ended.stdout and (
         told.startswith(plain + "\n")
         and "there is no command /nonsense" in ended.stderr
         and told.endswith(styled + "\n")

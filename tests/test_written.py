@@ -314,6 +314,22 @@ def test_templates_reach_nothing_but_what_they_are_given() -> None:
         Encoder(small(reaching), Format()).encode(records([{"prompt": "x", "completion": "y"}]))
 
 
+@pytest.mark.parametrize(
+    "template", ["{% for i in range(1000000) %}x{% endfor %}", "{{ }", "{{ messages.nothing.at_all }}"]
+)
+def test_a_broken_template_is_told_as_one(template: str) -> None:
+    with pytest.raises(ModelError, match="the chat template cannot be run") as caught:
+        Encoder(small(template), Format()).encode(records([{"prompt": "x", "completion": "y"}]))
+    assert "mend" in caught.value.do
+
+
+def test_special_tokens_within_what_is_said_are_counted() -> None:
+    encoder = Encoder(small(), Format(chat="speakers"), teach=True)
+    rows = [{"prompt": "q", "completion": a} for a in ("plain", "<user> says", "and <user> too", "<assistant>")]
+    encoder.encode(records(rows))
+    assert encoder.intruders == {"<user>": 2, "<assistant>": 1}
+
+
 def test_a_template_that_raises_is_told_with_its_words(make: Callable[[], Any] = lambda: small(CHATML)) -> None:
     made = make()
     made.chat_template = "{{ raise_exception('only haikus') }}"

@@ -15,7 +15,7 @@ from temper.data.chat import Encoder
 from temper.data.forms import Format
 from temper.engine import device as devices
 from temper.errors import DataError, ModelError, RecipeError, TemperError, nearest
-from temper.models import adapted, adapters, load
+from temper.models import adapted, adapters, load, stacks
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.types import Record
@@ -59,7 +59,7 @@ class Talk:
         self.decoding = decoding or Decoding(max_new_tokens=512, temperature=0.7)
         self.seed, self.device = seed, devices.setup(device, None)
         self.said: list[dict[str, str]] = []
-        self.turn = 0
+        self.turn, self.ended = 0, True  # whether the last answer came to its end
         self.adapter: str | None = None
         self.hf: Any = None
         self.bare: Any = None  # the base without adapters, as long as it can be had back from `hf`
@@ -80,11 +80,11 @@ class Talk:
         else:
             bare = self.bare
         if self.hf is not None and bare is self.bare:
-            adapters.taken_off(self.hf)
+            stacks.taken_off(self.hf)
         hf: Any = bare
         try:
             if len(sources) > 1:
-                hf = adapters.stacked(bare, sources)
+                hf = stacks.stacked(bare, sources)
             elif sources:
                 hf = adapters.put_on(bare, sources[0])
         except TemperError:
@@ -105,10 +105,14 @@ class Talk:
         Raises:
             ModelError: there is none of this name, or it belongs to another base; the model stays as it was.
         """
-        for part in [] if name is None else name.split("+"):
+        parts = [] if name is None else [part.strip() for part in name.split("+")]
+        for part in parts:
             if part not in self.adapters:
-                raise ModelError(f"there is no adapter «{part}» here", do=nearest(part, [*self.adapters, "none"]))
-        self._open(name)
+                there = ", ".join(self.adapters) or "none was given"
+                raise ModelError(f"there is no adapter «{part}» here", where=f"there are: {there}", do=nearest(part, [*self.adapters, "none"]))  # fmt: skip
+        if len(set(parts)) < len(parts):
+            raise ModelError("an adapter is named twice", do="name each once")
+        self._open("+".join(parts) or None)
 
     def answer(self, text: str, heard: Heard = lambda _: None) -> str:
         """What the model says to a text; no more than its context has room for.
@@ -125,6 +129,7 @@ class Talk:
         ((done,),) = self.sampler.sample([ids], self._fitting(len(ids)), seed=self.seed, step=self.turn, heard=stream)
         answer = done.text if done.text is not None else stream.text(done.ids)
         stream.end(answer)
+        self.ended = done.ended
         self.said, self.turn = [*said, {"role": "assistant", "content": answer}], self.turn + 1
         return answer
 
@@ -158,7 +163,7 @@ class Talk:
         match word:
             case "/adapter":
                 if rest:
-                    self.put_on(None if rest == "none" else rest)
+                    self.put_on(None if rest.lower() == "none" else rest)
                 there = ", ".join(self.adapters) or "none was given"
                 return f"adapter: {self.adapter or 'none'} (there are: {there})"
             case "/system":
@@ -242,7 +247,10 @@ def opened(model: str, paths: Sequence[Path], **how: Any) -> Talk:
         if (name := named(folder)) in others:
             raise ModelError(f"two adapters are called «{name}»", where=f"{others[name]} and {folder}", do="copy one to a folder of another name")  # fmt: skip
         others[name] = folder
-    return Talk(hub.locate(model, Path()), others=others, **how)
+    source = hub.locate(model, Path())
+    for folder in others.values():
+        adapters.belongs(dataclasses.replace(source, adapters=(str(folder.resolve()),)))
+    return Talk(source, others=others, **how)
 
 
 def converse(talk: Talk, read: Callable[[], str], write: Heard, told: Callable[[TemperError], Any]) -> None:
@@ -254,13 +262,15 @@ def converse(talk: Talk, read: Callable[[], str], write: Heard, told: Callable[[
             return
         if not line.strip():
             continue
-        if line.strip() == "/quit":
+        if line.split()[0] == "/quit":
             return
         try:
             if line.startswith("/"):
                 write(talk.command(line))
             else:
                 talk.answer(line, write)
+                if not talk.ended:
+                    write("\n(cut: that is all that it may write)")
         except KeyboardInterrupt:
             write(" (stopped)")
         except TemperError as error:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from temper import terminal
@@ -24,6 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell one another
     try:
         app(args=spread(words), prog_name="temper")
     except SystemExit as stop:

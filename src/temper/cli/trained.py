@@ -29,13 +29,19 @@ def chat(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Talk with a model. /help inside says what can be done there."""
+    from pydantic import ValidationError
+
     from temper import chat as chats
     from temper.rollouts.decoding import Decoding
 
     form = chats.form_of(model)
     if system is not None:
         form = form.model_copy(update={"system": system})
-    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    try:
+        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg'][0].lower()}{first['msg'][1:]}", do="temper chat --help") from None  # fmt: skip
     talk = chats.opened(model, adapter or [], form=form, decoding=decoding, seed=seed, device=device)
     for notice in talk.notices:
         terminal.tell(notice, head="note")
@@ -59,15 +65,15 @@ def export(
     licence: Annotated[str | None, typer.Option(help="For the model card; by default the base's own.")] = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write a model, its adapter folded in, with a model card; compared with what was trained before it counts."""
+    """Write a model for other programs, with a model card. An adapter is folded in, but for virtual tokens."""
     from temper import export as exports
 
     known = {"safetensors": ("float32", "bf16", "fp16"), "gguf": ("f16", "f32", "q8_0")}
     if format not in known:
         raise RecipeError(f"there is no format «{format}»", do=nearest(format, known))
-    if (precision := precision or known[format][0]) not in known[format]:
+    if precision is not None and precision not in known[format]:
         raise RecipeError(f"{format} has no precision «{precision}»", do=f"choose {', '.join(known[format])}")
-    how = {"packing": precision} if format == "gguf" else {"precision": precision}
+    how = {} if precision is None else {"packing": precision} if format == "gguf" else {"precision": precision}
     done = exports.export(model, out, kind=format, licence=licence, apart=apart, **how)  # type: ignore[arg-type]
     terminal.say(f"written: {done.path}\ncompared with what was trained: {done.compared}")
 

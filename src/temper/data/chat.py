@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from temper.data.forms import Format, asked, check_prompts, conversation, is_text, plain_prompt
 from temper.data.seams import Seams, Unknown
-from temper.data.written import Talk, add_speakers, bounded, marked, rendered, speakers
+from temper.data.written import Talk, add_speakers, bounded, marked, prefixes_of, rendered, speakers, special_within
 from temper.errors import DataError, ModelError
 from temper.types import Record, Row
 
@@ -68,6 +69,7 @@ class Encoder:
             form.chat == "auto" and bool(tokenizer.chat_template)
         )
         self._tried = False
+        self.intruders = Counter[str]()  # special tokens that stand in what is said, and in how many conversations
         if self.templated and not tokenizer.chat_template:
             raise ModelError(
                 "the recipe asks for the chat template, and the tokenizer has none",
@@ -88,6 +90,8 @@ class Encoder:
         if self.apart:
             asked = "by the tokenizer's chat template" if self.templated else "as it is"
             return f"the prompt {asked} for the encoder, the answer for the decoder{system}"
+        if prefixes := prefixes_of(self.tokenizer.chat_template or ""):
+            return f"{prefixes['user']} question {prefixes['assistant']} answer and end token{system}"
         if self.templated:
             return f"the tokenizer's chat template{system}"
         return f"plain: prompt + {self.form.separator!r} + answer + end token{system}"
@@ -181,15 +185,19 @@ class Encoder:
 
     def _rendered(self, records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
         """`_written` of conversations."""
+        if not records:
+            return []
         talks = [conversation(r.row, self.form) for r in records]
         self._try(talks)
         if lacking := next((r for r, t in zip(records, talks, strict=True) if not _answers(t)), None):
             raise DataError(
-                f"a conversation of {len(conversation(lacking.row, self.form))} turns without an answer has nothing to train on",
+                f"a conversation without an answer has nothing to train on (its roles: {', '.join(m['role'] for m in conversation(lacking.row, self.form))})",
                 where=lacking.where,
                 do="drop: {turns: [2, 1000]}, or check its roles",
             )
         texts = rendered(self.tokenizer, talks)
+        for token in special_within(self.tokenizer, talks):
+            self.intruders[token] += 1
         found = marked(self.tokenizer, talks)
         if found is not None and all(
             plain == text and len(places) == len(_answers(talk))

@@ -20,6 +20,7 @@ from temper.data.templates import number
 from temper.errors import DataError, nearest
 from temper.types import Record, Row
 
+NOT_BEST = "not among the best"  # how the reason of `best` begins
 TOO_LONG = "too long"  # the reason of `longer_than`, as it is counted
 
 
@@ -168,7 +169,7 @@ def in_order(cleaned: Cleaned, best: Best) -> Cleaned:
     last = low if best.rows is None else min(low, best.rows)
     if not last:
         raise DataError(f"no row has a mark of {best.at_least:g} in {best.by}: the highest is {marks.max():g}", do="lower best.at_least")  # fmt: skip
-    lost = [(r, f"not among the best {last:,} by {best.by}") for r in at(kept, order[last:].tolist())]
+    lost = [(r, f"{NOT_BEST} {last:,} by {best.by}") for r in at(kept, order[last:].tolist())]
     return Cleaned(at(kept, order[:last].tolist()), joined(cleaned.dropped, lost))
 
 

@@ -32,6 +32,7 @@ from temper.types import Record, Row
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 COLUMNS = (*TEXT_COLUMNS, "label")
 TYPES = ("language_modeling", "prompt_only", "prompt_completion", "preference", "unpaired_preference")
+READ = "messages may have role and content, from and value, speaker_name and phrase, or be plain texts in turn"
 ROLES = ("user", "assistant", "system", "tool")
 
 
@@ -170,12 +171,12 @@ def _type_by_columns(row: Row, where: str) -> str:
 
 def _check_messages(messages: Any, name: str, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"«{name}» must be a list of messages and not empty", where=where)
+        raise DataError(f"«{name}» must be a list of messages and not empty", where=where, do=READ)
     for i, message in enumerate(messages):
         at = f"{name}[{i}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             keys = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            raise DataError(f"{at} must have role and content; it has: {keys}", where=where)
+            raise DataError(f"{at} must have role and content; it has: {keys}", where=where, do=READ)
         if message["role"] not in ROLES:
             raise DataError(f"{at}: unknown role {message['role']!r}", where=where, do=f"roles: {', '.join(ROLES)}")
         if not isinstance(message["content"], str):

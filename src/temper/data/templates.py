@@ -22,6 +22,7 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 
 _WORDS = re.compile(r"(.+?)\s*\|\s*(first|after) (\d+) words?")
+FILTERS = "first N words, after N words, at least X, first turn, last turn"
 _TURN = re.compile(r"(.+?)\s*\|\s*(first|last) turn")
 _LEAST = re.compile(r"(.+?)\s*\|\s*at least (-?\d+(?:\.\d+)?)")
 
@@ -154,7 +155,7 @@ def _column(record: Record, name: str, key: str) -> Any:
         raise DataError(
             f"template «{key}» asks for the column «{name}»; this row has: {have}",
             where=record.where,
-            do=nearest(name, record.row),
+            do=nearest(name, record.row) if "|" not in name else f"after | may stand: {FILTERS}",
         )
     return record.row[name]
 

@@ -13,7 +13,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -47,6 +47,12 @@ def speakers(tokenizer: Any, prefixes: Mapping[Any, str]) -> str:
     return template.replace("PREFIXES", json.dumps(dict(prefixes), ensure_ascii=False))
 
 
+def prefixes_of(template: str) -> dict[str, str]:
+    """Of a template that `speakers` wrote, the prefixes; empty of any other."""
+    begin = "{%- set prefixes = "
+    return json.loads(template[len(begin) :].partition(" -%}")[0]) if template.startswith(begin) else {}
+
+
 def add_speakers(tokenizer: Any, prefixes: Mapping[Any, str]) -> list[int]:
     """The prefixes as special tokens of a tokenizer; their ids.
 
@@ -74,17 +80,36 @@ def rendered(tokenizer: Any, talks: Sequence[Talk], *, prompt: bool = False) -> 
     how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
     try:
         return tokenizer.apply_chat_template(list(talks), **how)  # type: ignore[no-any-return]
-    except jinja2.TemplateError:  # such as «roles must alternate», «no system role»; now find out where
+    except Exception:  # such as «roles must alternate», «no system role»; now find out where
         for messages in talks:
             try:
                 tokenizer.apply_chat_template(messages, **how)
-            except jinja2.TemplateError as error:
-                roles = ", ".join(str(m.get("role")) for m in messages)
-                raise ModelError(
-                    f"the chat template refuses a conversation of the roles {roles}: {error}",
-                    do="map the rows to roles that the template knows, or set chat: plain in the data stage",
-                ) from None
+            except Exception as error:
+                raise _refused(error, messages) from None
         raise
+
+
+def _refused(error: Exception, messages: Talk) -> ModelError:
+    broken = isinstance(error, jinja2.TemplateSyntaxError | jinja2.UndefinedError) or not isinstance(error, jinja2.TemplateError)  # fmt: skip
+    if broken:
+        return ModelError(
+            f"the chat template cannot be run: {type(error).__name__}: {error}",
+            do="mend the tokenizer's template, or set chat: plain in the data stage",
+        )
+    roles = ", ".join(str(m.get("role")) for m in messages)
+    return ModelError(
+        f"the chat template refuses a conversation of the roles {roles}: {error}",
+        do="map the rows to roles that the template knows, or set chat: plain in the data stage",
+    )
+
+
+def special_within(tokenizer: Any, talks: Sequence[Talk]) -> Iterator[str]:
+    """For each conversation in whose contents a special token is spelt out, that token: the model will read it as one."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for talk in talks:
+        said = "\n".join(m["content"] for m in talk)
+        if found := next((token for token in tokens if token in said), None):
+            yield found
 
 
 def marked(tokenizer: Any, talks: Sequence[Talk]) -> list[tuple[str, list[tuple[int, int]]]] | None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from temper import hub, overlay
 from temper.errors import RunError
+from temper.models import adapters
 from temper.report import markdown, phrases, tables
 from temper.report.read import Run, Stage, read_run
 from temper.report.ways import ways
 
 UNKNOWN = "other"
+KINDS = {
+    "adapter_config.json": "peft",
+    "temper.json": "peft",
+    "model.gguf": "gguf",
+}  # a file that tells → how the hub calls it
+PATH = re.compile(r"(?<![\w.:/])(?:~|\.{1,2})?/[^\s\"',\]}#]+")  # of this machine: it means nothing elsewhere
+BITS = {
+    "nf4": 'held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    "int8": "held = BitsAndBytesConfig(load_in_8bit=True)",
+}
 OPEN = "---"
 
 
@@ -26,18 +38,20 @@ def write_card(folder: Path, name: str, source: hub.Source, compared: str, licen
     """
     run, stage = _run_of(name)
     base = _base(source, run)
-    licence = licence or _licence(source, run) or UNKNOWN
+    given, licence = licence, licence or _licence(source, run)
     title = f"{run.manifest.recipe or run.name}: {stage.name}" if run and stage else Path(name).name
-    head: dict[str, Any] = {"library_name": "peft" if (folder / "adapter_config.json").is_file() else "transformers"}
-    head |= {"license": licence, "base_model": base, "tags": ["temper", *([stage.kind] if stage else [])]}
+    kind = next((k for file, k in KINDS.items() if (folder / file).is_file()), "transformers")
+    head: dict[str, Any] = {"library_name": kind}
+    head |= {"license": licence or UNKNOWN, "base_model": base, "tags": ["temper", *([stage.kind] if stage else [])]}
     if run and (found := [s.card.source for s in run.stages if s.card and "/" in s.card.source and ":" not in s.card.source]):  # fmt: skip
         head["datasets"] = sorted({x for x in found if not x.startswith(("/", "."))})
     lines = [OPEN, *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value), OPEN]
     parts = ["\n".join(lines), f"# {title}", _what(run, stage, base), f"As written here: {compared}."]
+    parts += ["## Use", _use(folder, kind, source, base, _began_as(run, stage))]
     if run and stage:
-        recipe = run.recipe.removeprefix("%YAML 1.2\n---\n").strip()
-        parts += [*_results(run, stage), *_data(run), "## Recipe", f"```yaml\n{recipe}\n```"]
-    parts += ["## Licence", _of_licence(licence, base)]
+        recipe = PATH.sub(lambda m: Path(m[0]).name, run.recipe.removeprefix("%YAML 1.2\n---\n").strip())
+        parts += [*_results(run, stage), *_data(run, stage), "## Recipe", f"```yaml\n{recipe}\n```"]
+    parts += ["## Licence", _of_licence(given, licence, base)]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -121,17 +135,53 @@ def _began(stage: Stage) -> set[str]:
     return {str(config.get("model")), *map(str, config.get("models") or [])}
 
 
-def _data(run: Run) -> list[str]:
+def _data(run: Run, of: Stage) -> list[str]:
+    """The data that the model was made of, directly or by what it began as."""
+    known = {s.name: s for s in run.stages}
+    led, new = set[str](), [of.name]
+    while new:
+        name = new.pop()
+        led.add(name)
+        info = known[name].info if name in known else None
+        new += [n for n in (info.inputs if info else {}) if n in known and n not in led]
     out = []
     for stage in run.stages:
-        if stage.card:
+        if stage.card and stage.name in led:
             at = f" at {stage.card.revision}" if stage.card.revision else ""
             out += [f"## Data: {stage.name}", f"`{Path(stage.card.source).name if stage.card.source.startswith('/') else stage.card.source}`{at}", markdown.table(tables.rows_table(stage.card))]  # fmt: skip
     return out
 
 
-def _of_licence(licence: str, base: str) -> str:
+def _of_licence(given: str | None, licence: str | None, base: str) -> str:
     whose = f"`{base}`" if base else "the model it began as"
-    if licence == UNKNOWN:
+    if given:
+        return f"{given}. {whose[0].upper()}{whose[1:]} and the data have licences of their own."
+    if licence is None:
         return f"Not known here: that of {whose} applies, and those of the data."
     return f"{licence}, as {whose} has it; the data have licences of their own."
+
+
+def _use(folder: Path, kind: str, source: hub.Source, base: str, began: str) -> str:
+    if kind == "gguf":
+        return "```bash\nollama create NAME -f Modelfile\n```"
+    held = adapters.held(source)
+    if kind == "peft":
+        told = base or f"the base that it was trained on ({began or Path(source.name).name}), which is not part of this folder"  # fmt: skip
+        more = BITS.get(held or "", "")
+        on = f"AutoModelForCausalLM.from_pretrained(BASE{', quantization_config=held' if more else ''})"
+        lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM" + (", BitsAndBytesConfig" if more else ""), "",
+                 *([more] if more else []), f"model = PeftModel.from_pretrained({on}, FOLDER)"]  # fmt: skip
+        rounded = f" It was trained on that base held in {held}: on another one it gives other answers." if held else ""
+        return f"An adapter for {told}.{rounded}\n\n```python\n" + "\n".join(lines) + "\n```"
+    apart = hub.read_config(str(folder)).get("is_encoder_decoder")
+    auto = "AutoModelForSeq2SeqLM" if apart else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto}, AutoTokenizer", "", f"model = {auto}.from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]  # fmt: skip
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _began_as(run: Run | None, stage: Stage | None) -> str:
+    """What a stage's model began as, in words; empty where it is of no run."""
+    if not (run and stage and stage.info):
+        return ""
+    name = str(stage.info.config.get("model"))
+    return f"the stage `{_setting(run, 'model') if name == 'base' else name}` of the same run"

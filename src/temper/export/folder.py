@@ -49,7 +49,7 @@ def export(
     out: Path,
     *,
     kind: Kind = "safetensors",
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     packing: Packing = "f16",
     licence: str | None = None,
     apart: bool = False,
@@ -57,10 +57,10 @@ def export(
     """Write a model by its name (a stage's folder, a model's or an adapter's, a hub id) into a new folder.
 
     Args:
-        precision: of the weights in safetensors.
+        precision: of the weights in safetensors; None: float32, of an adapter kept apart its own.
         packing: of the matrices in GGUF.
         licence: for the card; by default what the base's own card says.
-        apart: an adapter is written as an adapter, in PEFT's format, not folded into its base.
+        apart: an adapter is written as an adapter, in PEFT's format, not folded into its base; virtual tokens always are.
 
     Raises:
         RunError: there is something in the folder.
@@ -75,23 +75,38 @@ def export(
     rows = _rows(records, name, tokenizer, hf)
     policy = _policy(hf)
     before = _answers(policy, tokenizer, rows)
-    keeps = isinstance(hf, PeftModel) and (apart or any(adapted.kind(p) in adapted.WORDS | adapted.KEYS for p in adapted.parts(hf)))  # fmt: skip
+    soft = any(adapted.kind(part) in adapted.WORDS | adapted.KEYS for part in adapted.parts(hf))
+    keeps = apart or soft
+    if apart and not isinstance(hf, PeftModel):
+        raise ModelError(f"{name} is a whole model: there is no adapter to keep apart", do="leave --apart out")
+    if keeps and (kind == "gguf" or precision):
+        what = "GGUF holds whole models" if kind == "gguf" else "an adapter is written in the precision that it has"
+        why = "virtual tokens cannot be folded into one" if soft else "it was asked to be kept apart"
+        raise ModelError(
+            f"{what}, and {why}", do="leave --format and --precision out" + ("" if soft else ", or --apart")
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside) / "made"
         if keeps:
-            if kind == "gguf":
-                raise ModelError("GGUF holds whole models, and this adapter is kept apart", do="leave --apart out; virtual tokens cannot be folded in")  # fmt: skip
             shutil.copytree(source.adapters[-1], folder)
             written = _reopened(source, folder)
         else:
             whole, _ = adapters.merged(hf) if isinstance(hf, PeftModel) else (hf, 0.0)
-            load.save(whole.to(DTYPES[precision if kind == "safetensors" else "float32"]), tokenizer, folder, ends=adapters.trained_ends(source))  # type: ignore[arg-type]  # fmt: skip
+            load.save(whole.to(DTYPES[precision or "float32"]), tokenizer, folder, ends=adapters.trained_ends(source))  # type: ignore[arg-type]  # fmt: skip
             written = _reopened(hub.Source(str(folder)), None)
-        compared = _compared(before, _answers(_policy(written), tokenizer, rows), precision, known=bool(records))
+        compared = _compared(
+            before, _answers(_policy(written), tokenizer, rows), precision or "float32", known=bool(records)
+        )
+        if keeps:
+            compared = (
+                f"kept apart as an adapter{', for virtual tokens cannot be folded in' if soft else ''}; {compared}"
+            )
         if kind == "gguf":
             compared += "; " + write_gguf(written, tokenizer, folder, packing, [ids for ids, _ in rows])
         write_card(folder, name, source, compared, licence)
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # a server under another account reads them
         if out.is_dir():
             out.rmdir()
         folder.rename(out)

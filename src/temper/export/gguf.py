@@ -6,6 +6,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from temper.data.written import prefixes_of
 from temper.errors import ModelError
 
 Packing = Literal["f32", "f16", "q8_0"]
@@ -194,7 +197,8 @@ def _begins(tokenizer: Any) -> bool:
 def _read_back(hf: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
     """The largest difference of a log-probability, in nats, of what transformers reads from the file."""
     try:
-        again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             "the GGUF file cannot be read back by transformers, so nobody can say that it is right",
@@ -214,7 +218,7 @@ def modelfile(tokenizer: Any) -> str:
     """What `ollama create NAME -f Modelfile` reads. Ollama knows the templates of widespread models by the one in the file;
     one of ours is told here."""
     lines = [f"FROM ./{FILE}", f'PARAMETER stop "{tokenizer.eos_token}"']
-    prefixes = _prefixes(tokenizer.chat_template or "")
+    prefixes = prefixes_of(tokenizer.chat_template or "")
     if prefixes:
         system = (
             f"{{{{ if .System }}}}{prefixes['system']}{{{{ .System }}}}{{{{ end }}}}" if "system" in prefixes else ""
@@ -226,11 +230,3 @@ def modelfile(tokenizer: Any) -> str:
     elif not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     return "\n".join(lines) + "\n"
-
-
-def _prefixes(template: str) -> dict[str, str]:
-    """Of a template that `chat: speakers` wrote, the speakers' prefixes."""
-    begin = "{%- set prefixes = "
-    if not template.startswith(begin):
-        return {}
-    return json.loads(template[len(begin) :].partition(" -%}")[0])  # type: ignore[no-any-return]

@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +22,16 @@ from temper.models import adapted, load, quantized
 from temper.models.methods import Adapter, Task, begin_as, of_layers, of_tokens
 from temper.runfolder import write_json
 
-__all__ = ["Adapter", "attach", "merged", "open_model", "put_on", "save", "stacked", "taken_off", "trained_ends"]
+__all__ = [
+    "Adapter",
+    "attach",
+    "belongs",
+    "merged",
+    "open_model",
+    "put_on",
+    "save",
+    "trained_ends",
+]
 
 
 def attach(
@@ -60,7 +68,7 @@ def attach(
         return beneath
     _check_virtual(model, adapter, task)
     try:
-        with _without_warnings():
+        with without_warnings():
             part: Any = get_peft_model(model, of_tokens(adapter, model, task))
     except ValueError as error:
         raise ModelError(
@@ -132,7 +140,7 @@ def _check_virtual(model: PreTrainedModel, adapter: Adapter, task: Task) -> None
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """PEFT warns that a model is modified for a second time, which is what is meant here, and that AdaLoRA's ranks, which it
     applies, belong to no layer."""
     with warnings.catch_warnings():
@@ -201,7 +209,7 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
             wrapped, _ = merged(wrapped)
         note = _check_base(folder, hub.Source(source.name, source.revision, source.adapters[:k]))
         try:
-            with _without_warnings():
+            with without_warnings():
                 for part in note.get("parts", ["."]):
                     one = PeftModel.from_pretrained(adapted.inner(wrapped), str(Path(folder) / part))
                     wrapped = adapted.over(wrapped, one) if isinstance(wrapped, PeftModel) else one
@@ -212,6 +220,19 @@ def put_on(model: PreTrainedModel, source: hub.Source) -> Any:
                 do="put it on the base it was trained on",
             ) from None
     return wrapped
+
+
+def belongs(source: hub.Source) -> dict[str, Any]:
+    """The note beside the last adapter of a source, which is on its base.
+
+    Raises:
+        ModelError: there is no adapter in that folder; it was trained on another base, or is one of two.
+    """
+    folder = source.adapters[-1]
+    note = _check_base(folder, dataclasses.replace(source, adapters=source.adapters[:-1]))
+    if "parts" not in note and not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter", do="give a folder with adapter_config.json, or a stage's that trained one")  # fmt: skip
+    return note
 
 
 def _check_base(folder: str, base: hub.Source) -> dict[str, Any]:
@@ -230,50 +251,6 @@ def _check_base(folder: str, base: hub.Source) -> dict[str, Any]:
             do=f"name the folder that holds both: {Path(folder).parent}",
         )
     return note
-
-
-def stacked(model: PreTrainedModel, sources: Sequence[hub.Source]) -> PeftModel:
-    """Several LoRA adapters of one base on it at once: their updates add up, exactly, as one adapter of all their ranks.
-
-    Args:
-        model: the base.
-        sources: each the base with one adapter on it.
-
-    Raises:
-        ModelError: one is no LoRA, or was trained on another base, or on one rounded otherwise.
-    """
-    held = {_note(s.adapters[-1]).get("quantize") for s in sources}
-    if len(held) > 1:
-        raise ModelError(
-            "adapters of a base that was rounded in different ways cannot be stacked", do="take one at a time"
-        )
-    names = []
-    wrapped: Any = model
-    for k, source in enumerate(sources):
-        folder, name = source.adapters[-1], f"adapter{k}"
-        note = _check_base(folder, dataclasses.replace(source, adapters=source.adapters[:-1]))
-        if "parts" in note or PeftConfig.from_pretrained(folder).peft_type != PeftType.LORA:
-            raise ModelError(f"only LoRA adapters add up, and {folder} is none", do="take one at a time")
-        with _without_warnings():
-            if k == 0:
-                wrapped = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                wrapped.load_adapter(folder, adapter_name=name)
-        names.append(name)
-    with _without_warnings():
-        wrapped.add_weighted_adapter(names, [1.0] * len(names), "stack", combination_type="cat")
-    wrapped.set_adapter("stack")
-    for name in names:
-        wrapped.delete_adapter(name)
-    return wrapped  # type: ignore[no-any-return]
-
-
-def taken_off(model: Any) -> PreTrainedModel:
-    """The base as it was before adapters were put on it; nothing is folded in."""
-    for part in adapted.parts(model):
-        if adapted.kind(part) not in adapted.WORDS | adapted.KEYS:
-            model = part.unload()
-    return adapted.inner(model)
 
 
 def merged(model: PeftModel) -> tuple[PreTrainedModel, float]:

@@ -85,6 +85,11 @@ def model(
     if quantize is not None:
         more = {"quantization_config": quantized.configuration(quantize, dtype), "device_map": {"": str(device)}}
     config = configuration(source, trust_remote_code=trust_remote_code)
+    if kind := next((a for a in config.architectures or [] if a.endswith("ForSequenceClassification")), None):
+        raise ModelError(
+            f"{source.name} is a classifier or a reward model ({kind}), not a language model",
+            do='name the model that it began as; transformers\' pipeline("text-classification") opens it as it is',
+        )
     attention = suited(config, attention, device)
     with quantized.lightly() if quantize is not None else contextlib.nullcontext():
         loaded, info, notices = weights(

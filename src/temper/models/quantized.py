@@ -60,7 +60,8 @@ def lightly() -> Iterator[None]:
     """
     import bitsandbytes
 
-    functions, there = bitsandbytes.functional, _mapped()
+    package: Any = bitsandbytes
+    functions, there = package.functional, _mapped()
     before = functions.quantize_4bit, functions.int8_vectorwise_quant
 
     def after(function: Callable[..., Any]) -> Callable[..., Any]:

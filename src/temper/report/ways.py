@@ -32,8 +32,8 @@ def ways(run: Run, evaluation: Evaluation) -> Table | None:
     body.append([words("base held in"), *(Cell(str(i.facts.get("base held in", i.facts.get("weights", NONE)))) for i in infos)])  # fmt: skip
     body.append([words("size on disk"), *(Cell(size(i.bytes_on_disk)) for i in infos)])
     notes = [
-        "Before → after, and their difference with its 95 % interval where the two were compared. Time, memory and disk are "
-        "those of the stage alone, not of what it began as."
+        "Before → after, and their difference with its 95 % interval where the two were compared. Time and disk are those of the "
+        "stage alone, not of what it began as; memory is the highest of the whole process while the stage ran, imports included."
     ]
     return Table([words(""), *(Cell(s.name, s.kind) for s, _ in found)], body, "What each way gives and costs", notes)
 
@@ -70,7 +70,7 @@ def _gain(evaluation: Evaluation, metric: str, digits: int, after: str, before: 
 def _difference(pair: Comparison) -> str:
     digits = decimals([(pair.low, pair.high)])
     low, high = (number(x, digits, sign=True) for x in (pair.low, pair.high))
-    return f"{number(pair.difference, digits, sign=True)} ({low} to {high})"
+    return f"{number(pair.difference, digits, sign=True)}, {low} to {high}"
 
 
 def _share(part: int | None, whole: int | None) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 
 from temper.data import sources
 from temper.data.card import card, write_data
-from temper.data.clean import TOO_LONG, Best, Drop, clean, in_order
+from temper.data.clean import NOT_BEST, TOO_LONG, Best, Drop, clean, in_order
 from temper.data.formats import applied, texts
 from temper.data.forms import Format
 from temper.data.split import leaks, split
 from temper.data.spool import Spool, joined
+from temper.errors import DataError, nearest
 from temper.job import Job
 from temper.models import load
 from temper.recipe import ModelRef, Stage, detail, stages
@@ -89,6 +90,9 @@ class Data(Stage):
     def run(self, job: Job) -> None:
         length, unit = self._length(job)
         source = self._read(job, self.source, self.split, self.take)
+        by = self.best.by if self.best is not None else ""
+        if by and source.records and by not in source.records[0].row:
+            raise DataError(f"best.by: there is no column «{by}»", do=nearest(by, source.records[0].row))
         mark = [self.best.by] if self.best is not None and self.best.by not in self.keep else []
         mapped = {"train": self._mapped(job, source.records, mark)}
         for name in ("validation", "test"):
@@ -136,6 +140,7 @@ class Data(Stage):
     ) -> None:
         """More than half of the rows gone is seldom what was meant; where by length, how long rows are says what to do."""
         every = joined(*mapped.values())
+        dropped = [one for one in dropped if not one[1].startswith(NOT_BEST)]  # that was asked for
         if 2 * len(dropped) <= len(every):
             return
         counts = Counter(why for _, why in dropped)

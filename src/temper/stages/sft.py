@@ -159,7 +159,14 @@ def encoder_of(job: Job, model: str, data: str, *, teach: bool = False) -> Encod
 
 
 def warn_of_unknown(job: Job, encoder: Encoder) -> None:
-    """Tell of characters that the tokenizer does not know; ModelError where they are many."""
+    """Tell of characters that the tokenizer does not know, and of special tokens spelt out in what is said; ModelError where
+    the former are many."""
+    if encoder.intruders:
+        found = ", ".join(f"{token} in {n:,}" for token, n in encoder.intruders.most_common(3))
+        job.warn(
+            f"special tokens of the tokenizer stand in what is said ({found} conversations): the model reads them as tokens. "
+            'drop: {contains: ["…"]} takes such rows out'
+        )
     if text := encoder.unknown.told():
         job.warn(text)
 
