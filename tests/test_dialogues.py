@@ -169,6 +169,12 @@ def test_a_data_stage_orders_its_rows_and_keeps_the_mark(tmp_path: Path) -> None
         made(tmp_path, source="a.jsonl", messages="{parsed}", best={"by": "total_mark", "row": 10})
 
 
+def test_a_misspelt_role_among_the_prefixes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown key «jokes\.format\.speakers\.asistant»") as caught:
+        made(tmp_path, source="a.jsonl", messages="{parsed}", format={"chat": "speakers", "speakers": {"user": "<a>", "asistant": "<b>"}})  # fmt: skip
+    assert "assistant" in caught.value.do and "own.yaml:1" in caught.value.where
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data is not here")
 def test_real_dialogues(tmp_path: Path) -> None:
     """45,000 jokes: those of two turns stay, and no turn is lost or changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,9 @@ def validated(
     loc = tuple(str(p) for p in first["loc"])
     where = _line(at + loc, lines)
     prefix = at[1:] if at[:1] == ("stages",) else at
+    if loc[-1] == "[key]" and first["type"] == "literal_error":  # of a mapping with keys of its own
+        known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        raise RecipeError(f"unknown key «{'.'.join(prefix + loc[:-1])}»", where=_line(at + loc[:-1], lines), do=nearest(loc[-2], known))  # fmt: skip
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, loc, also)
         do = nearest(loc[-1], known)

@@ -79,6 +79,11 @@ def export(
     keeps = apart or soft
     if apart and not isinstance(hf, PeftModel):
         raise ModelError(f"{name} is a whole model: there is no adapter to keep apart", do="leave --apart out")
+    if keeps and len(source.adapters) > 1:
+        raise ModelError(
+            f"{name} is an adapter on top of another one: alone its answers would be others",
+            do="export what it stands on first, or leave --apart out",
+        )
     if keeps and (kind == "gguf" or precision):
         what = "GGUF holds whole models" if kind == "gguf" else "an adapter is written in the precision that it has"
         why = "virtual tokens cannot be folded into one" if soft else "it was asked to be kept apart"
