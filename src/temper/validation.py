@@ -46,9 +46,10 @@ def validated(
     loc = tuple(str(p) for p in first["loc"])
     where = _line(at + loc, lines)
     prefix = at[1:] if at[:1] == ("stages",) else at
-    if loc[-1] == "[key]" and first["type"] == "literal_error":  # of a mapping with keys of its own
-        known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-        raise RecipeError(f"unknown key «{'.'.join(prefix + loc[:-1])}»", where=_line(at + loc[:-1], lines), do=nearest(loc[-2], known))  # fmt: skip
+    if first["type"] == "literal_error" and loc[-1:] == ("[key]",):  # of a mapping with keys of its own
+        known = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
+        key = ".".join(prefix + loc[:-1])
+        raise RecipeError(f"unknown key «{key}»", where=_line(at + loc[:-1], lines), do=nearest(loc[-2], known))
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, loc, also)
         do = nearest(loc[-1], known)

@@ -79,6 +79,7 @@ def export(
     keeps = apart or soft
     if apart and not isinstance(hf, PeftModel):
         raise ModelError(f"{name} is a whole model: there is no adapter to keep apart", do="leave --apart out")
+    last = next(reversed(source.adapters), "")
     if keeps and len(source.adapters) > 1:
         raise ModelError(
             f"{name} is an adapter on top of another one: alone its answers would be others",
@@ -94,7 +95,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside) / "made"
         if keeps:
-            shutil.copytree(source.adapters[-1], folder)
+            shutil.copytree(last, folder)
             written = _reopened(source, folder)
         else:
             whole, _ = adapters.merged(hf) if isinstance(hf, PeftModel) else (hf, 0.0)
