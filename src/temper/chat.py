@@ -221,7 +221,7 @@ def named(folder: Path) -> str:
 
 def form_of(model: str) -> Format:
     """How the rows were written out that a stage of a run was trained on; of any other model the usual form."""
-    folder = next((f for f in (Path(model), Path(model).parent) if (f / "stage.json").is_file()), None)
+    folder = hub.stage_folder(model)
     if folder is None or not (folder.parent / "recipe.yaml").is_file():
         return Format()
     stages = overlay.yaml().load((folder.parent / "recipe.yaml").read_text(encoding="utf-8"))["stages"]

@@ -110,6 +110,11 @@ def of_stage(folder: Path) -> Path:
     return folder
 
 
+def stage_folder(name: str) -> Path | None:
+    """The folder of the stage that made a model, named by it or by the model's folder within; None of any other model."""
+    return next((f for f in (Path(name), Path(name).parent) if (f / "stage.json").is_file()), None)
+
+
 def _adapter(folder: Path) -> Source:
     """A folder with an adapter → its base, and the adapter on it.
 

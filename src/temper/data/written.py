@@ -40,10 +40,14 @@ BOS{% for message in messages -%}
 """
 
 
+def begins(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its beginning-of-sequence token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def speakers(tokenizer: Any, prefixes: Mapping[Any, str]) -> str:
     """A template that puts a prefix before each turn and the end token behind each answer."""
-    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    template = SPEAKERS.replace("BOS", "{{- bos_token -}}" if begins else "")
+    template = SPEAKERS.replace("BOS", "{{- bos_token -}}" if begins(tokenizer) else "")
     return template.replace("PREFIXES", json.dumps(dict(prefixes), ensure_ascii=False))
 
 

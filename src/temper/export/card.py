@@ -56,7 +56,7 @@ def write_card(folder: Path, name: str, source: hub.Source, compared: str, licen
 
 
 def _run_of(name: str) -> tuple[Run | None, Stage | None]:
-    folder = next((f for f in (Path(name), Path(name).parent) if (f / "stage.json").is_file()), None)
+    folder = hub.stage_folder(name)
     if folder is None:
         return None, None
     try:

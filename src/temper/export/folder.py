@@ -121,7 +121,7 @@ def export(
 
 def rows_of_run(name: str, most: int = COMPARED) -> list[Record]:
     """Test rows of the data that a stage of a run was trained on; none where the model is of no run that is here."""
-    folder = next((f for f in (Path(name), Path(name).parent) if (f / "stage.json").is_file()), None)
+    folder = hub.stage_folder(name)
     if folder is None:
         return []
     config = read_json(folder / "stage.json").get("config", {})

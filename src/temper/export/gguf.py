@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from temper.data.written import prefixes_of
+from temper.data.written import begins, prefixes_of
 from temper.errors import ModelError
 
 Packing = Literal["f32", "f16", "q8_0"]
@@ -65,7 +65,7 @@ def write_gguf(hf: Any, tokenizer: Any, folder: Path, packing: Packing, rows: Se
     for name in ("bos", "eos", "pad"):
         if (at := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(at)
-    writer.add_add_bos_token(_begins(tokenizer))
+    writer.add_add_bos_token(begins(tokenizer))
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -188,10 +188,6 @@ def _description(tokenizer: Any) -> dict[str, Any]:
     if not tokenizer.is_fast:
         raise ModelError("a tokenizer in Python cannot be written as GGUF", do="write safetensors")
     return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[no-any-return]
-
-
-def _begins(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _read_back(hf: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
