@@ -75,27 +75,15 @@ def export(
     rows = _rows(records, name, tokenizer, hf)
     policy = _policy(hf)
     before = _answers(policy, tokenizer, rows)
-    soft = any(adapted.kind(part) in adapted.WORDS | adapted.KEYS for part in adapted.parts(hf))
+    soft = _soft(hf)
     keeps = apart or soft
-    if apart and not isinstance(hf, PeftModel):
-        raise ModelError(f"{name} is a whole model: there is no adapter to keep apart", do="leave --apart out")
-    last = next(reversed(source.adapters), "")
-    if keeps and len(source.adapters) > 1:
-        raise ModelError(
-            f"{name} is an adapter on top of another one: alone its answers would be others",
-            do="export what it stands on first, or leave --apart out",
-        )
-    if keeps and (kind == "gguf" or precision):
-        what = "GGUF holds whole models" if kind == "gguf" else "an adapter is written in the precision that it has"
-        why = "virtual tokens cannot be folded into one" if soft else "it was asked to be kept apart"
-        raise ModelError(
-            f"{what}, and {why}", do="leave --format and --precision out" + ("" if soft else ", or --apart")
-        )
+    if keeps:
+        _check_apart(name, source, hf, soft, kind, precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside) / "made"
         if keeps:
-            shutil.copytree(last, folder)
+            shutil.copytree(source.adapters[-1], folder)
             written = _reopened(source, folder)
         else:
             whole, _ = adapters.merged(hf) if isinstance(hf, PeftModel) else (hf, 0.0)
@@ -117,6 +105,27 @@ def export(
             out.rmdir()
         folder.rename(out)
     return Exported(out, compared)
+
+
+def _soft(hf: Any) -> bool:
+    return any(adapted.kind(part) in adapted.WORDS | adapted.KEYS for part in adapted.parts(hf))
+
+
+def _check_apart(name: str, source: hub.Source, hf: Any, soft: bool, kind: Kind, precision: Precision | None) -> None:
+    """ModelError where there is no adapter to keep apart, or where it cannot be written so."""
+    if not isinstance(hf, PeftModel):
+        raise ModelError(f"{name} is a whole model: there is no adapter to keep apart", do="leave --apart out")
+    if len(source.adapters) > 1:
+        raise ModelError(
+            f"{name} is an adapter on top of another one: alone its answers would be others",
+            do="export what it stands on first, or leave --apart out",
+        )
+    if kind == "gguf" or precision:
+        what = "GGUF holds whole models" if kind == "gguf" else "an adapter is written in the precision that it has"
+        why = "virtual tokens cannot be folded into one" if soft else "it was asked to be kept apart"
+        raise ModelError(
+            f"{what}, and {why}", do="leave --format and --precision out" + ("" if soft else ", or --apart")
+        )
 
 
 def rows_of_run(name: str, most: int = COMPARED) -> list[Record]:
