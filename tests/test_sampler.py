@@ -205,7 +205,7 @@ def test_the_model_is_as_it_was(family: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(native._Decoder, "_retire", broken)
+        patch.setattr(native.Decoder, "_retire", broken)
         sampler.sample(prompts(4, 8), SAMPLED)
     assert [m.training for m in model.modules()] == modes and model.training
     assert model.config._attn_implementation == "sdpa" and [set(vars(m)) for m in model.modules()] == names

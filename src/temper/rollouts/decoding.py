@@ -78,23 +78,40 @@ class Completion:
     logps: np.ndarray
     raw: np.ndarray
     text: str | None = None  # of an answer that a stop string ended
+    tops: list[list[tuple[int, float]]] | None = None  # of each of these tokens: the likeliest in its place, if asked for
 
 
 class Draft:
-    """A completion while it is written. `heard` is called with its tokens so far, whenever there is one more."""
+    """A completion while it is written.
+
+    Args:
+        noise: float64 [max_new_tokens] in [0, 1): one number for each token.
+        heard: called with its tokens so far, whenever there is one more.
+        top: how many of the likeliest tokens are noted in each place, with their log-probabilities.
+    """
 
     def __init__(
         self,
         decoding: Decoding,
         ends: frozenset[int],
         tokenizer: Any,
+        noise: np.ndarray,
         heard: Callable[[Sequence[int]], Any] | None = None,
+        *,
+        top: int = 0,
     ) -> None:
         self.decoding, self.ends, self.tokenizer, self.heard = decoding, ends, tokenizer, heard
+        self.noise: list[float] = noise.tolist()
+        self.top = top
+        # Drafts that agree in these are drawn in one go.
+        self.way = (decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.repetition_penalty)
         self.ids: list[int] = []
         self.logps: list[float] = []
         self.raw: list[float] = []
+        self.tops: list[list[tuple[int, float]]] = []
         self.done: Completion | None = None
+        self.latest = -1  # the token that was sampled last
+        self.given_up = False  # nobody waits for it any more
         self.window = max((len(s.encode()) for s in decoding.stop), default=0) + MARGIN
 
     @property
@@ -102,10 +119,21 @@ class Draft:
         """Whether it is too short to end."""
         return len(self.ids) < self.decoding.min_new_tokens and bool(self.ends)
 
+    @property
+    def over(self) -> bool:
+        """Whether it gets no more tokens."""
+        return self.done is not None or self.given_up
+
+    @property
+    def chance(self) -> float:
+        """The noise of its next token."""
+        return self.noise[len(self.logps)]
+
     def add(self, token: int, logp: float, raw: float) -> bool:
         """Take a sampled token; True when the completion is finished."""
         self.logps.append(logp)
         self.raw.append(raw)
+        self.latest = token
         if token in self.ends:
             self._finish(len(self.ids), end=token)
             return True
@@ -122,7 +150,8 @@ class Draft:
     def _finish(self, kept: int, *, end: int | None = None, text: str | None = None) -> None:
         n = kept + (end is not None)
         logps, raw = (np.array(values[:n], np.float32) for values in (self.logps, self.raw))
-        self.done = Completion(self.ids[:kept], end is not None or text is not None, end, logps, raw, text)
+        tops = self.tops[:n] if self.top else None
+        self.done = Completion(self.ids[:kept], end is not None or text is not None, end, logps, raw, text, tops)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -97,8 +97,53 @@ def held_open(logits: torch.Tensor, drafts: Sequence[Draft]) -> torch.Tensor | N
     if not early:
         return None
     out = logits.clone()
-    out[torch.tensor(early, device=logits.device)[:, None], torch.tensor(sorted(drafts[0].ends))] = -torch.inf
+    for n in early:
+        out[n, torch.tensor(sorted(drafts[n].ends), device=logits.device)] = -torch.inf
     return out
+
+
+def drawn(logits: torch.Tensor, drafts: Sequence[Draft], seen: torch.Tensor | None = None) -> list[bool]:
+    """Give each draft its next token, drawn as it asks and by its own noise; whether each is finished by it.
+
+    Args:
+        logits: float32 [R, V], one row a draft.
+        seen: see `warped`; the tokens drawn are entered.
+
+    Raises:
+        ModelError: logits that are no numbers.
+    """
+    limited = held_open(logits, drafts)
+    noise = torch.tensor([draft.chance for draft in drafts], dtype=torch.float64, device=logits.device)
+    alike: dict[object, list[int]] = {}
+    for n, draft in enumerate(drafts):
+        alike.setdefault(draft.way, []).append(n)
+    if len(alike) == 1:
+        found = draw(logits, noise, drafts[0].decoding, seen, limited)
+    else:
+        order = torch.tensor([n for rows in alike.values() for n in rows], device=logits.device)
+        parts = []
+        for rows in alike.values():
+            at = torch.tensor(rows, device=logits.device)
+            some = [None if x is None else x.index_select(0, at) for x in (logits, noise, seen, limited)]
+            parts.append(draw(some[0], some[1], drafts[rows[0]].decoding, some[2], some[3]))  # type: ignore[arg-type]
+        back = order.argsort()
+        found = tuple(torch.cat(x).index_select(0, back) for x in zip(*parts, strict=True))
+    if seen is not None:
+        seen.scatter_(1, found[0][:, None], True)
+    for n, tops in _likeliest(logits, drafts).items():
+        drafts[n].tops.append(tops)
+    return [draft.add(*values) for draft, *values in zip(drafts, *(x.tolist() for x in found), strict=True)]
+
+
+def _likeliest(logits: torch.Tensor, drafts: Sequence[Draft]) -> dict[int, list[tuple[int, float]]]:
+    """The likeliest tokens of the plain softmax with their log-probabilities, for the rows that ask for them."""
+    asking = [n for n, draft in enumerate(drafts) if draft.top]
+    if not asking:
+        return {}
+    logps = logits[torch.tensor(asking, device=logits.device)].log_softmax(-1)
+    values, ids = logps.topk(min(logps.shape[-1], max(drafts[n].top for n in asking)), dim=-1)
+    rows = zip(asking, ids.tolist(), values.tolist(), strict=True)
+    return {n: list(zip(i, v, strict=True))[: drafts[n].top] for n, i, v in rows}
 
 
 def draw(

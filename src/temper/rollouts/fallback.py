@@ -11,14 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutput
 
 from temper.models import adapted, seq2seq
 from temper.rollouts.decoding import Decoding, Draft
-from temper.rollouts.distribution import draw, held_open, warped
+from temper.rollouts.distribution import drawn, warped
 
 Together = Literal["any length", "equal length", "none"]
 
@@ -26,27 +25,27 @@ Together = Literal["any length", "equal length", "none"]
 class _Drawn(LogitsProcessor):
     """Draws each row's token and leaves `generate` no other choice."""
 
-    def __init__(self, before: Sequence[Sequence[int]], noise: np.ndarray, drafts: list[Draft]) -> None:
-        self.before, self.noise, self.drafts = before, torch.from_numpy(noise), drafts
+    def __init__(self, before: Sequence[Sequence[int]], drafts: list[Draft]) -> None:
+        self.before, self.drafts = before, drafts
+        self.penalised = any(draft.decoding.repetition_penalty != 1 for draft in drafts)
         self.seen: torch.Tensor | None = None
-        self.position = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float()
-        decoding = self.drafts[0].decoding
-        if decoding.repetition_penalty != 1 and self.seen is None:
+        if self.penalised and self.seen is None:
             self.seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, written in enumerate(self.before):  # not `input_ids`, which holds padding
                 self.seen[row, torch.tensor(written, device=logits.device, dtype=torch.long)] = True
-        noise = self.noise[:, self.position].to(logits.device)
-        tokens, logps, raw = draw(logits, noise, decoding, self.seen, held_open(logits, self.drafts))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        self.position += 1
-        drawn = zip(self.drafts, tokens.tolist(), logps.tolist(), raw.tolist(), strict=True)
-        for draft, token, logp, plain in drawn:
-            if draft.done is None:
-                draft.add(token, logp, plain)
+        live = [n for n, draft in enumerate(self.drafts) if not draft.over]
+        tokens = torch.zeros(len(scores), dtype=torch.long, device=scores.device)  # of those that are over: any
+        if live:
+            rows = torch.tensor(live, device=scores.device)
+            mine = [self.drafts[n] for n in live]
+            seen = None if self.seen is None else self.seen.index_select(0, rows)
+            drawn(logits.index_select(0, rows), mine, seen)
+            if self.seen is not None and seen is not None:
+                self.seen[rows] = seen
+            tokens[rows] = torch.tensor([draft.latest for draft in mine], device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -71,13 +70,12 @@ class _Done(StoppingCriteria):
         self.drafts = drafts
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
-        return torch.tensor([d.done is not None for d in self.drafts], device=input_ids.device)
+        return torch.tensor([d.over for d in self.drafts], device=input_ids.device)
 
 
 def decode(
     hf: Any,
     prompts: Sequence[Sequence[int]],
-    noise: np.ndarray,
     drafts: list[Draft],
     *,
     pad_id: int,
@@ -92,14 +90,14 @@ def decode(
     Args:
         hf: a transformers model, or a PEFT model around one.
         prompts: one a draft, token ids.
-        noise: float64 [drafts, max_new_tokens].
+        drafts: of a search by beams all with the same settings.
         together: which prompts share a batch; some models see padding, and some lose their state in any batch.
         progress: called with the number of drafts that a batch finished.
     """
     model: Any = adapted.inner(hf)
     decoding = drafts[0].decoding
     settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens, do_sample=False, num_beams=decoding.beams, use_cache=True, pad_token_id=pad_id,
+        max_new_tokens=max(d.decoding.max_new_tokens for d in drafts), do_sample=False, num_beams=decoding.beams, use_cache=True, pad_token_id=pad_id,
         decoder_start_token_id=seq2seq.start_of(model) if model.config.is_encoder_decoder else None,
     )  # fmt: skip
     kept = model.generation_config
@@ -117,7 +115,7 @@ def decode(
                     model.generate(
                         **given,
                         generation_config=settings,
-                        logits_processor=[_Drawn(before, noise[taken], mine)],
+                        logits_processor=[_Drawn(before, mine)],
                         stopping_criteria=[_Done(mine)],
                     )
                 if progress is not None:

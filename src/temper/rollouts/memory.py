@@ -7,19 +7,27 @@ D head size, P prompt tokens, T own tokens.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache
+import transformers
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from temper.trees import rounded
 
 NAME = "temper_rollout"
 ROUND = 32  # own tokens and prompts are looked at in so many at a time: matrix libraries like few shapes
+
+
+
+class NotNative(Exception):
+    """This model does not take the native sampler's attention."""
+
 
 # The attention function is called by the model, layer by layer, and some models pass on no arguments of their own.
 _current: contextvars.ContextVar[Memory] = contextvars.ContextVar("rollout memory")
@@ -45,6 +53,19 @@ class Memory(Cache):
         self.filling: list[int] | None = None  # prompt slots that a prefill fills, one a lane
         self.calls: list[int] = []  # layers that the attention function was called for in this step
         self.layer = 0
+
+    def fit(self, slots: int, prompts: int, longest: int, new_tokens: int) -> None:
+        """Make room for as much, twice as much as before at least where there is too little; what is there stays."""
+        wanted = (slots, prompts, rounded(longest, ROUND), rounded(new_tokens, ROUND))
+        if all(w <= s for w, s in zip(wanted, self.sizes, strict=True)):
+            return
+        self.sizes = slots, prompts, longest, new_tokens = tuple(  # type: ignore[assignment]
+            s if w <= s else max(w, 2 * s) for w, s in zip(wanted, self.sizes, strict=True)
+        )
+        self.lengths += [0] * (prompts - len(self.lengths))
+        for layer in self.stored.values():
+            layer.prompt = tuple(_enlarged(x, prompts, longest) for x in layer.prompt)  # type: ignore[assignment]
+            layer.own = tuple(_enlarged(x, slots, new_tokens) for x in layer.own)  # type: ignore[assignment]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
@@ -153,6 +174,15 @@ class Memory(Cache):
                 store[target, :, :n] = store[source, :, :n]
 
 
+def _enlarged(store: torch.Tensor, places: int, width: int) -> torch.Tensor:
+    """A store [places, J, tokens, D] in a larger one."""
+    if store.shape[0] >= places and store.shape[2] >= width:
+        return store
+    out = store.new_zeros(places, store.shape[1], width, store.shape[3])
+    out[: store.shape[0], :, : store.shape[2]] = store
+    return out
+
+
 def use(memory: Memory) -> contextvars.Token[Memory]:
     """Attend over this memory until `leave`."""
     return _current.set(memory)
@@ -221,3 +251,34 @@ def _attended(
 
 
 AttentionInterface.register(NAME, _attend)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[Callable[[bool], None]]:
+    """Our attention within the model; `switch(False)` brings back its own for a prefill. Restored in any case.
+
+    Raises:
+        NotNative: the model keeps its own.
+    """
+    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), type(model.config))}
+    configs |= {id(c): c for c in (model.config, model.config.get_text_config())}
+    before = [(c, c._attn_implementation) for c in configs.values()]
+    try:
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # what is refused is said by us
+        try:
+            model.set_attn_implementation(NAME)
+        finally:
+            transformers.logging.set_verbosity(level)
+        if model.config.get_text_config()._attn_implementation != NAME:
+            raise NotNative(f"{model.config.model_type} has an attention of its own")
+        after = [(c, c._attn_implementation) for c in configs.values()]
+
+        def switch(ours: bool) -> None:
+            for config, name in after if ours else before:
+                config._attn_implementation_internal = name
+
+        yield switch
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name

@@ -11,9 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from temper.models import segments
@@ -21,39 +19,36 @@ from temper.models.products import sent
 from temper.models.scores import head_of
 from temper.rollouts import memory as memories
 from temper.rollouts.decoding import Draft
-from temper.rollouts.distribution import draw, held_open
-from temper.rollouts.memory import ROUND, Memory
+from temper.rollouts.distribution import drawn
+from temper.rollouts.memory import ROUND, Memory, NotNative, own_attention
 from temper.rollouts.products import packed_linears
 from temper.trees import rounded
 
 LARGE = 256  # tokens of the longest prompt from which on oneDNN attends faster than MKL, a few rows at a time
 PREFILL_TOKENS = 4096  # of one forward pass over prompts
+PADDED = 1024  # from so many on padding is looked at
+SMALL = (4, 4, 64, 64)  # what memory that grows begins with: slots, prompts, their tokens, new tokens
 
 
-class NotNative(Exception):
-    """This model does not take the native sampler's attention."""
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Prompt:
     ids: tuple[int, ...]
-    drafts: list[int]
+    drafts: list[Draft]
+    adapter: str | None = None  # of those that the model has for single rows
     place: int = -1
     unfinished: int = 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Row:
-    draft: int
+    draft: Draft
     prompt: _Prompt
-    token: int  # sampled, not yet given to the model
-    fed: int = 0  # own tokens that the model has been given
+    fed: int = 0  # own tokens that the model has been given; the last one that was sampled is the next
 
 
 def decode(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    noise: np.ndarray,
     drafts: list[Draft],
     *,
     slots: int,
@@ -63,78 +58,147 @@ def decode(
 
     Args:
         prompts: one a draft, token ids; equal ones are computed once.
-        noise: float64 [drafts, max_new_tokens].
 
     Raises:
         NotNative: the model does not use the attention it is given.
     """
-    grouped: dict[tuple[int, ...], _Prompt] = {}
-    for k, ids in enumerate(prompts):
-        grouped.setdefault(tuple(ids), _Prompt(tuple(ids), [])).drafts.append(k)
-    large = max(map(len, grouped)) >= LARGE
-    with _own_attention(model) as switch, packed_linears(model), sent(large):
-        _Decoder(model, switch, list(grouped.values()), noise, drafts, slots, progress).run()
+    grouped: dict[tuple[int, ...], list[Draft]] = {}
+    for ids, draft in zip(prompts, drafts, strict=True):
+        grouped.setdefault(tuple(ids), []).append(draft)
+    most, longest = max(map(len, grouped.values())), max(map(len, grouped))
+    slots = min(slots, len(drafts))
+    # Stragglers may hold their prompts while new ones come in: room for twice as many as fill the slots.
+    places = min(len(grouped), slots, 2 * -(-slots // most))
+    # Most memory is taken at once; prompts come longest first, so that what lies together is of like length.
+    memory = Memory(slots, places, longest, max(draft.decoding.max_new_tokens for draft in drafts))
+    with opened(model, longest=longest) as switch:
+        decoder = Decoder(model, switch, slots=slots, places=places, memory=memory, progress=progress)
+        for ids in sorted(grouped, key=lambda ids: -len(ids)):
+            decoder.put(ids, grouped[ids])
+        while decoder.busy:
+            decoder.step()
 
 
-class _Decoder:
+@contextlib.contextmanager
+def opened(model: PreTrainedModel, *, longest: int) -> Iterator[Callable[[bool], None]]:
+    """Within, the model decodes natively: what a `Decoder` needs for its steps. Its weights may not change within.
+
+    Args:
+        longest: tokens of the longest prompt that is expected.
+    """
+    with own_attention(model) as switch, packed_linears(model), sent(longest >= LARGE):
+        yield switch
+
+
+class Decoder:
+    """Decodes what it is given, in as many slots at most; more may be given, and given up, between any two steps.
+
+    Args:
+        switch: what `opened` gave.
+        slots: completions decoded together.
+        places: prompts whose keys and values are kept at once.
+        memory: None: it grows as need be, and is given back when nothing is left to decode.
+        adapters: told before each pass which adapter each of its rows has, for a model that has one for each row.
+        at_once: prompts are read as they come; else several are waited for, which serves throughput.
+        progress: called with a number of newly finished completions.
+    """
+
     def __init__(
         self,
         model: PreTrainedModel,
         switch: Callable[[bool], None],
-        prompts: list[_Prompt],
-        noise: np.ndarray,
-        drafts: list[Draft],
+        *,
         slots: int,
-        progress: Callable[[int], Any] | None,
+        places: int,
+        memory: Memory | None = None,
+        adapters: Callable[[Sequence[str | None]], Any] | None = None,
+        at_once: bool = False,
+        progress: Callable[[int], Any] | None = None,
     ) -> None:
-        self.model, self.switch, self.drafts, self.progress = model, switch, drafts, progress
+        self.model, self.switch, self.adapters, self.progress = model, switch, adapters, progress
         self.backbone, self.head = head_of(model)
         self.device = next(model.parameters()).device
-        self.decoding = drafts[0].decoding
-        self.slots = min(slots, len(drafts))
-        most = max(len(p.drafts) for p in prompts)
-        # Stragglers may hold their prompts while new ones come in: room for twice as many as fill the slots.
-        self.places = min(len(prompts), self.slots, 2 * -(-self.slots // most))
-        # Longest first: what lies in memory together is of like length, and most memory is taken at once.
-        self.waiting = deque(sorted(prompts, key=lambda p: -len(p.ids)))
-        self.noise = torch.from_numpy(noise)
-        longest = max(len(p.ids) for p in prompts)
-        self.memory = Memory(self.slots, self.places, longest, self.decoding.max_new_tokens)
+        self.slots, self.places, self.at_once = slots, places, at_once
+        self.growing = memory is None
+        self.memory = Memory(*SMALL) if memory is None else memory
+        self.waiting: deque[_Prompt] = deque()
         self.ready: deque[_Row] = deque()  # with a first token, waiting for a slot
         self.rows: list[_Row] = []
-        self.living: list[_Prompt | None] = [None] * self.places
-        self.seen: torch.Tensor | None = None  # bool [slots, V], for the repetition penalty
+        self.living: list[_Prompt | None] = [None] * places
+        self.seen: torch.Tensor | None = None  # bool [slots, V], for repetition penalties
 
-    def run(self) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to decode."""
+        return bool(self.waiting or self.ready or self.rows)
+
+    def put(self, ids: tuple[int, ...], drafts: list[Draft], adapter: str | None = None) -> None:
+        """Drafts of one prompt, to be written as soon as there is room."""
+        self.waiting.append(_Prompt(ids, drafts, adapter))
+
+    def step(self) -> None:
+        """One token for every row, after what waits has taken the slots that are free.
+
+        Raises:
+            NotNative: the model does not use the attention it is given.
+        """
         token = memories.use(self.memory)
         try:
-            while self.waiting or self.ready or self.rows:
-                self._admit()
-                if self.rows:
-                    self._step()
+            self._drop()
+            self._admit()
+            if self.rows:
+                self._write()
+            elif self.growing and not self.busy:
+                self.memory, self.seen = Memory(*SMALL), None
         finally:
             memories.leave(token)
 
+    def _drop(self) -> None:
+        """Leave out what nobody waits for any more."""
+        for slot in reversed([n for n, row in enumerate(self.rows) if row.draft.given_up]):
+            self._retire(slot)
+        for row in [row for row in self.ready if row.draft.given_up]:
+            self.ready.remove(row)
+            self._finished(row.prompt)
+        for prompt in [p for p in self.waiting if any(d.given_up for d in p.drafts)]:
+            prompt.drafts = [d for d in prompt.drafts if not d.given_up]
+            if not prompt.drafts:
+                self.waiting.remove(prompt)
+
     def _admit(self) -> None:
-        """Fill free slots. New prompts wait until an eighth of the slots is free, so that several are prefilled at once."""
+        """Fill free slots. Unless they are taken at once, new prompts wait until an eighth of the slots is free, so that
+        several are read together; taken at once, one lot of them is read between two tokens of the others."""
         while True:
             while self.ready and len(self.rows) < self.slots:
                 self._seat(self.ready.popleft(), len(self.rows))
             free = self.slots - len(self.rows)
-            if not self.waiting or None not in self.living or free < (1 if not self.rows else max(1, self.slots // 8)):
+            least = 1 if self.at_once or not self.rows else max(1, self.slots // 8)
+            if not self.waiting or None not in self.living or free < least:
                 return
-            taken: list[_Prompt] = []
-            width = rounded(len(self.waiting[0].ids), ROUND)
-            room = self.living.count(None)
-            while (
-                self.waiting
-                and free > 0
-                and len(taken) < room
-                and (len(taken) + 1) * width <= max(PREFILL_TOKENS, width)
-            ):
-                taken.append(self.waiting.popleft())
-                free -= len(taken[-1].drafts)
-            self._prefill(taken)
+            self._prefill(self._next(free))
+            if self.at_once and self.rows:
+                while self.ready and len(self.rows) < self.slots:
+                    self._seat(self.ready.popleft(), len(self.rows))
+                return
+
+    def _next(self, free: int) -> list[_Prompt]:
+        """The prompts to be read together: from the first on, of one adapter, for which there is room."""
+        first = self.waiting[0]
+        taken: list[_Prompt] = []
+        room, width, tokens = self.living.count(None), 0, 0
+        for prompt in self.waiting:
+            if prompt.adapter != first.adapter:
+                continue
+            wider = max(width, rounded(len(prompt.ids), ROUND))
+            both = (len(taken) + 1) * wider
+            padded = both > PADDED and both > 2 * (tokens + len(prompt.ids))  # half of it and more
+            if taken and (free <= 0 or len(taken) == room or padded or both > PREFILL_TOKENS):
+                break
+            taken.append(prompt)
+            width, tokens, free = wider, tokens + len(prompt.ids), free - len(prompt.drafts)
+        for prompt in taken:
+            self.waiting.remove(prompt)
+        return taken
 
     def _seat(self, row: _Row, slot: int) -> None:
         if slot == len(self.rows):
@@ -143,7 +207,7 @@ class _Decoder:
             self.rows[slot] = row
         if self.seen is not None:
             self.seen[slot] = False
-            self.seen[slot, torch.tensor([*row.prompt.ids, row.token], device=self.device)] = True
+            self.seen[slot, torch.tensor([*row.prompt.ids, row.draft.latest], device=self.device)] = True
 
     def _prefill(self, prompts: list[_Prompt]) -> None:
         """Keys and values of new prompts, and the first token of each of their completions."""
@@ -151,11 +215,16 @@ class _Decoder:
             prompt.place = self.living.index(None)
             prompt.unfinished = len(prompt.drafts)
             self.living[prompt.place] = prompt
-            self.memory.lengths[prompt.place] = len(prompt.ids)
         width = rounded(max(len(p.ids) for p in prompts), ROUND)
+        if self.growing:
+            self.memory.fit(0, 1 + max(p.place for p in prompts), width, 0)
+        for prompt in prompts:
+            self.memory.lengths[prompt.place] = len(prompt.ids)
         # Filled up with its last token: some models warn of padding tokens where they see one.
         ids = torch.tensor([[*p.ids, *[p.ids[-1]] * (width - len(p.ids))] for p in prompts])
         last = torch.tensor([n * width + len(p.ids) - 1 for n, p in enumerate(prompts)], device=self.device)
+        if self.adapters is not None:
+            self.adapters([p.adapter for p in prompts])
         self.switch(False)
         self.memory.filling = [p.place for p in prompts]
         try:
@@ -172,32 +241,38 @@ class _Decoder:
             self.memory.filling = None
             self.switch(True)
         logits = self._logits(hidden.flatten(0, 1).index_select(0, last))
+        rows = [_Row(draft, prompt) for prompt in prompts for draft in prompt.drafts]
         owner = torch.tensor([n for n, p in enumerate(prompts) for _ in p.drafts], device=self.device)
-        drafts = [d for p in prompts for d in p.drafts]
         seen = None
-        if self.decoding.repetition_penalty != 1:
+        if any(row.draft.decoding.repetition_penalty != 1 for row in rows):
             if self.seen is None:
-                self.seen = torch.zeros(self.slots, logits.shape[-1], dtype=torch.bool, device=self.device)
+                self._watch(logits.shape[-1])
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for n, p in enumerate(prompts):
                 seen[n, torch.tensor(p.ids, device=self.device)] = True
             seen = seen.index_select(0, owner)
-        logits = logits.index_select(0, owner)
-        limited = held_open(logits, [self.drafts[d] for d in drafts])
-        first = draw(logits, self.noise[drafts, 0].to(self.device), self.decoding, seen, limited)
-        owners = [p for p in prompts for _ in p.drafts]
-        for draft, prompt, token, logp, raw in zip(drafts, owners, *(x.tolist() for x in first), strict=True):
-            if self.drafts[draft].add(token, logp, raw):
-                self._finished(prompt)
+        for row, over in zip(rows, drawn(logits.index_select(0, owner), [r.draft for r in rows], seen), strict=True):
+            if over:
+                self._finished(row.prompt)
             else:
-                self.ready.append(_Row(draft, prompt, token))
+                self.ready.append(row)
 
-    def _step(self) -> None:
+    def _watch(self, vocabulary: int) -> None:
+        """Note from here on which tokens each row has seen."""
+        self.seen = torch.zeros(self.slots, vocabulary, dtype=torch.bool, device=self.device)
+        for slot, row in enumerate(self.rows):
+            self.seen[slot, torch.tensor([*row.prompt.ids, *row.draft.ids], device=self.device)] = True
+
+    def _write(self) -> None:
         """One token for every row."""
         rows, device = self.rows, self.device
+        if self.growing:
+            self.memory.fit(len(rows), 0, 0, 1 + max(r.fed for r in rows))
+        if self.adapters is not None:
+            self.adapters([r.prompt.adapter for r in rows])
         self.memory.begin([r.prompt.place for r in rows], [r.fed for r in rows], device)
         hidden = self.backbone(
-            input_ids=torch.tensor([[r.token] for r in rows], device=device),
+            input_ids=torch.tensor([[r.draft.latest] for r in rows], device=device),
             position_ids=torch.tensor([[len(r.prompt.ids) + r.fed] for r in rows], device=device),
             past_key_values=self.memory,
             use_cache=True,
@@ -206,21 +281,11 @@ class _Decoder:
             raise NotNative(
                 f"{len(self.memory.stored)} layers keep keys and values, and {len(self.memory.calls)} of them attend as told"
             )
-        noise = self.noise[[r.draft for r in rows], [r.fed + 1 for r in rows]].to(device)
+        for row in rows:
+            row.fed += 1
         seen = self.seen[: len(rows)] if self.seen is not None else None
-        logits = self._logits(hidden[:, -1])
-        limited = held_open(logits, [self.drafts[r.draft] for r in rows])
-        tokens, logps, raws = draw(logits, noise, self.decoding, seen, limited)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        over = []
-        for n, (row, token, logp, raw) in enumerate(
-            zip(rows, tokens.tolist(), logps.tolist(), raws.tolist(), strict=True)
-        ):
-            row.token, row.fed = token, row.fed + 1
-            if self.drafts[row.draft].add(token, logp, raw):
-                over.append(n)
-        for n in reversed(over):
+        over = drawn(self._logits(hidden[:, -1]), [r.draft for r in rows], seen)
+        for n in reversed([n for n, ended in enumerate(over) if ended]):
             self._retire(n)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -256,34 +321,3 @@ class _Decoder:
             self.memory.move_prompt(last, prompt.place)
             moved.place = prompt.place
             self.living[prompt.place], self.living[last] = moved, None
-
-
-@contextlib.contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[Callable[[bool], None]]:
-    """Our attention within the model; `switch(False)` brings back its own for a prefill. Restored in any case.
-
-    Raises:
-        NotNative: the model keeps its own.
-    """
-    configs = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), type(model.config))}
-    configs |= {id(c): c for c in (model.config, model.config.get_text_config())}
-    before = [(c, c._attn_implementation) for c in configs.values()]
-    try:
-        level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # what is refused is said by us
-        try:
-            model.set_attn_implementation(memories.NAME)
-        finally:
-            transformers.logging.set_verbosity(level)
-        if model.config.get_text_config()._attn_implementation != memories.NAME:
-            raise NotNative(f"{model.config.model_type} has an attention of its own")
-        after = [(c, c._attn_implementation) for c in configs.values()]
-
-        def switch(ours: bool) -> None:
-            for config, name in after if ours else before:
-                config._attn_implementation_internal = name
-
-        yield switch
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name

@@ -14,13 +14,14 @@ from temper.models.scores import Policy, padded_precision
 from temper.rollouts import fallback, native
 from temper.rollouts.decoding import Decoding, Draft
 from temper.rollouts.distribution import uniforms
+from temper.rollouts.memory import NotNative
 from temper.trees import group, join
 
 Layout = Literal["native", "generate"]
 
 STEPS = 6  # tokens of each probe completion
 AFFORDABLE = 1024  # a window up to this many tokens is outrun by the probe
-FAILURES = (ValueError, RuntimeError, AttributeError, KeyError, TypeError, IndexError, native.NotNative)
+FAILURES = (ValueError, RuntimeError, AttributeError, KeyError, TypeError, IndexError, NotNative)
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def prove(policy: Policy) -> tuple[Layout, str]:
     prompts = _prompts((max(12, first), 9, 5), config.vocab_size)
     policy.layout = "padded"
     try:
-        drafts, _ = _decoded(native.decode, model, [p for p in prompts for _ in range(2)], slots=4)
+        drafts = _decoded(native.decode, model, [p for p in prompts for _ in range(2)], slots=4)
         got = torch.from_numpy(np.concatenate([d.done.raw for d in drafts if d.done is not None]))
         written = [[d.ids for d in drafts[i : i + 2]] for i in range(0, len(drafts), 2)]
         expected, control = (
@@ -83,7 +84,7 @@ def trusted(policy: Policy) -> tuple[fallback.Together, str]:
     change = 0.0
     kinds: tuple[fallback.Together, ...] = ("any length", "equal length", "none")
     for together in kinds:
-        drafts, _ = _decoded(fallback.decode, policy.hf, prompts, pad_id=0, slots=3, together=together)
+        drafts = _decoded(fallback.decode, policy.hf, prompts, pad_id=0, slots=3, together=together)
         differences = []
         for prompt, draft in zip(prompts, drafts, strict=True):
             assert draft.done is not None
@@ -100,9 +101,8 @@ def _prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
     return [torch.randint(0, vocabulary, (n,), generator=draw).tolist() for n in lengths]
 
 
-def _decoded(decode: Any, model: Any, prompts: list[list[int]], **options: Any) -> tuple[list[Draft], np.ndarray]:
+def _decoded(decode: Any, model: Any, prompts: list[list[int]], **options: Any) -> list[Draft]:
     decoding = Decoding(max_new_tokens=STEPS, temperature=1)
-    drafts = [Draft(decoding, frozenset(), None) for _ in prompts]
-    noise = np.stack([uniforms(STEPS, k) for k in range(len(prompts))])
-    decode(model, prompts, noise, drafts, **options)
-    return drafts, noise
+    drafts = [Draft(decoding, frozenset(), None, uniforms(STEPS, k)) for k in range(len(prompts))]
+    decode(model, prompts, drafts, **options)
+    return drafts

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from temper.errors import DataError
@@ -80,10 +79,11 @@ class Sampler:
         named = range(len(prompts)) if numbers is None else numbers
         asked = [(i, k) for i in range(len(prompts)) for k in range(completions)]
         length = decoding.max_new_tokens
-        noise = np.stack([uniforms(length, seed, step, named[i], k) for i, k in asked]) if asked else np.zeros((0, 0))
-        drafts = [Draft(decoding, self.ends, self.tokenizer, heard) for _ in asked]
+        drafts = [
+            Draft(decoding, self.ends, self.tokenizer, uniforms(length, seed, step, named[i], k), heard) for i, k in asked
+        ]
         with _evaluating(self.hf):
-            self._decode([prompts[i] for i, _ in asked], noise, drafts, progress)
+            self._decode([prompts[i] for i, _ in asked], drafts, progress)
         done = [d.done for d in drafts]
         return [
             [c for c in done[i * completions : (i + 1) * completions] if c is not None] for i in range(len(prompts))
@@ -92,7 +92,6 @@ class Sampler:
     def _decode(
         self,
         prompts: list[Sequence[int]],
-        noise: np.ndarray,
         drafts: list[Draft],
         progress: Callable[[int], Any] | None,
     ) -> None:
@@ -100,11 +99,11 @@ class Sampler:
         if not drafts:
             return
         if self.layout == "native" and drafts[0].decoding.beams == 1:
-            native.decode(model, prompts, noise, drafts, slots=self.slots, progress=progress)
+            native.decode(model, prompts, drafts, slots=self.slots, progress=progress)
             return
         pad = self.tokenizer.pad_token_id
         fallback.decode(
-            self.hf, prompts, noise, drafts, pad_id=0 if pad is None else pad, slots=self.slots, together=self.trust[0],
+            self.hf, prompts, drafts, pad_id=0 if pad is None else pad, slots=self.slots, together=self.trust[0],
             progress=progress,
         )  # fmt: skip
 
