@@ -27,7 +27,7 @@ ORDER = [
     "errors", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder",
     "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "advantages", "merging", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
-    "shapes", "predict", "plan", "report", "tracking", "app", "chat", "export", "fields", "doctor", "cli",
+    "shapes", "predict", "plan", "report", "tracking", "app", "chat", "serve", "export", "fields", "doctor", "cli",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {

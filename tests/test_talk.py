@@ -257,18 +257,6 @@ def test_system_and_temperature(model: Path) -> None:
             talk.command(line)
 
 
-def test_characters_come_whole(model: Path) -> None:
-    tokenizer = load.tokenizer(hub.Source(str(model)))
-    pieces: list[str] = []
-    stream = chat._Stream(tokenizer, pieces.append)
-    ids = tokenizer("Привіт, 😀!", add_special_tokens=False)["input_ids"]
-    for n in range(1, len(ids) + 1):
-        stream(ids[:n])
-    stream.end(stream.text(ids))
-    assert "".join(pieces) == tokenizer.decode(ids) and not any("\ufffd" in p for p in pieces)
-    assert len(pieces) > 3
-
-
 def test_a_conversation_that_does_not_fit_is_told(model: Path) -> None:
     talk = chat.Talk(hub.Source(str(model)), decoding=DRAWN)
     with pytest.raises(DataError, match="the model takes 400 with its answer") as error:

@@ -17,10 +17,10 @@ from temper.engine import device as devices
 from temper.errors import DataError, ModelError, RecipeError, TemperError, nearest
 from temper.models import adapted, adapters, load, stacks
 from temper.rollouts.decoding import Decoding
+from temper.rollouts.growing import Growing
 from temper.rollouts.sampler import Sampler
 from temper.types import Record
 
-BROKEN = "\ufffd"  # the end of a text whose last character has not come whole
 HELP = """/adapter NAME     put an adapter on the base; A+B: several LoRAs at once; none: take it off;
                   without a name: which there are
 /system TEXT      what the model is told before the conversation; without a text: nothing
@@ -125,10 +125,11 @@ class Talk:
         """
         said = [*self.said, {"role": "user", "content": text}]
         ids = self._ids(said)
-        stream = _Stream(self.encoder.tokenizer, heard)
-        ((done,),) = self.sampler.sample([ids], self._fitting(len(ids)), seed=self.seed, step=self.turn, heard=stream)
-        answer = done.text if done.text is not None else stream.text(done.ids)
-        stream.end(answer)
+        growing = Growing(self.encoder.tokenizer, self.decoding.stop)
+        hear = lambda written: heard(new) if (new := growing.more(written)) else None  # noqa: E731
+        ((done,),) = self.sampler.sample([ids], self._fitting(len(ids)), seed=self.seed, step=self.turn, heard=hear)
+        answer = growing.whole(done)
+        heard(growing.end(done))
         self.ended = done.ended
         self.said, self.turn = [*said, {"role": "assistant", "content": answer}], self.turn + 1
         return answer
@@ -187,27 +188,6 @@ def _with(decoding: Decoding, temperature: str) -> Decoding:
         return Decoding.model_validate(decoding.model_dump() | {"temperature": float(temperature)})
     except ValueError:
         raise RecipeError(f"«{temperature}» is no temperature", do="write a number from 0, such as 0.7") from None
-
-
-class _Stream:
-    """Hands on what is new of a text that grows; an unfinished character waits for its rest."""
-
-    def __init__(self, tokenizer: Any, heard: Heard) -> None:
-        self.tokenizer, self.heard, self.told = tokenizer, heard, ""
-
-    def text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def __call__(self, ids: Sequence[int]) -> None:
-        text = self.text(ids).rstrip(BROKEN)
-        if text.startswith(self.told) and len(text) > len(self.told):
-            self.heard(text[len(self.told) :])
-            self.told = text
-
-    def end(self, answer: str) -> None:
-        """What is left to tell of the answer as it is."""
-        if answer.startswith(self.told):
-            self.heard(answer[len(self.told) :])
 
 
 def named(folder: Path) -> str:

@@ -89,3 +89,40 @@ def push(
     from temper import export as exports
 
     terminal.say(f"pushed: {exports.push(folder, repo, private=not public)}")
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Stages' folders, such as runs/NAME/sft, models', or hub ids; NAME=PATH gives a name.")],
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to serve under a name; may be repeated.")] = None,
+    adapters_from: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Requests may load adapters that lie within; may be repeated.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen. Others than this machine reach it only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The key that requests must bring; or the environment variable TEMPER_API_KEY.")] = None,
+    slots: Annotated[int, typer.Option(min=1, max=4096, help="Answers decoded together, per base.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Answers under way or waiting at most; more are refused with 429.")] = 256,
+    max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Size of a request at most.")] = 4 << 20,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16, fp16 or auto: bf16 on a graphics card that has it.")] = "auto",
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Serve models and adapters behind OpenAI's protocol, and a page to compare them on."""
+    try:
+        from temper.serve import run
+    except ImportError as error:
+        raise RecipeError(f"serving needs a package that is not here: {error.name}", do="pip install 'temper-lm[serve]'") from None  # fmt: skip
+    if precision not in (known := ("auto", "float32", "bf16", "fp16")):
+        raise RecipeError(f"there is no precision «{precision}»", do=nearest(precision, known))
+    named: dict[str, Path] = {}
+    for given in adapter or []:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise RecipeError(f"--adapter {given}: an adapter needs a name", do="write --adapter NAME=PATH")
+        if name in named:
+            raise RecipeError(f"two adapters are called «{name}»", do="give each a name of its own")
+        named[name] = Path(path)
+    run.serve(
+        models, adapters=named, adapters_from=adapters_from or [], host=host, port=port, key=run.key_of(api_key_file),
+        slots=slots, queue=queue, most=max_body, device=device, precision=precision,
+        tell=lambda text: terminal.tell(text, head="note"), said=terminal.say,
+    )  # fmt: skip

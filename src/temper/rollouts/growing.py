@@ -34,8 +34,9 @@ class Growing:
         if len(after) > len(before) and not after.endswith(BROKEN):
             self.sure += after[len(before) :]
             self.start, self.read = self.read, len(ids)
+        ends = [at for string in self.stop if (at := self.sure.find(string)) >= 0]
         waiting = max((_overlap(self.sure, string) for string in self.stop), default=0)
-        return self._tell(self.sure[: len(self.sure) - waiting])
+        return self._tell(self.sure[: min(ends, default=len(self.sure) - waiting)])
 
     def end(self, done: Completion) -> str:
         """What is left to tell of a text that is finished."""

@@ -1,0 +1,65 @@
+"""Errors as OpenAI's protocol has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from temper.errors import TemperError
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP's.
+        code: a word for programs; None where the protocol has none.
+        param: the field that is at fault.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+        super().__init__(message)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(envelope(self.status, self.message, self.code, self.param), self.status, self.headers)
+
+
+def envelope(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The body of an error."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def told(error: TemperError, status: int = 400, *, code: str | None = None, param: str | None = None) -> Refused:
+    """An error of ours: what happened, where, and what to do, on one line."""
+    parts = [error.what, error.where, error.do]
+    return Refused(status, "; ".join(part.rstrip(".") for part in parts if part), code=code, param=param)
+
+
+def of_fields(errors: list[Any]) -> Refused:
+    """What pydantic found, by name."""
+    said, params = [], []
+    for error in errors[:3]:
+        place = [str(p) for p in error["loc"] if p != "body"]
+        # Of a field that takes several kinds each is told apart; the first names suffice.
+        name = next((p for p in place if not p.startswith(("function-after", "list[", "constrained"))), "")
+        within = "".join(f"[{p}]" if p.isdigit() else "" for p in place[1:])
+        params.append(name or None)
+        if error["type"] == "extra_forbidden":
+            said.append(f"«{'.'.join(place)}» is not supported, and would be ignored: leave it out")
+        elif error["type"] == "json_invalid":
+            said.append(f"the body is no JSON: {error.get('ctx', {}).get('error', '')}".rstrip(": "))
+            params[-1] = None
+        elif error["type"] == "missing":
+            said.append(f"«{'.'.join(place) or 'the body'}» is missing")
+        else:
+            message = str(error["msg"]).removeprefix("Value error, ")
+            said.append(f"«{name}{within}»: {message[:1].lower()}{message[1:]}" if name and "«" not in message else message)
+    unique = list(dict.fromkeys(said))
+    code = "unsupported_parameter" if any(e["type"] == "extra_forbidden" for e in errors) else None
+    return Refused(400, "; ".join(unique) or "the request cannot be read", code=code, param=params[0] if params else None)
