@@ -102,6 +102,9 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Answers decoded together, per base.")] = 32,
     queue: Annotated[int, typer.Option(min=1, help="Answers under way or waiting at most; more are refused with 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Size of a request at most.")] = 4 << 20,
+    votes: Annotated[Path, typer.Option(metavar="FILE", help="Where verdicts of the playground are kept, in SQLite.")] = Path("votes.sqlite"),
+    items: Annotated[str | None, typer.Option(metavar="SOURCE", help="Rows to be judged on the page: a file with prompts, such as runs/NAME/DATA/data/test.parquet.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of --items that are judged, drawn at random.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16, fp16 or auto: bf16 on a graphics card that has it.")] = "auto",
     debug: Debug = False,
@@ -123,6 +126,6 @@ def serve(
         named[name] = Path(path)
     run.serve(
         models, adapters=named, adapters_from=adapters_from or [], host=host, port=port, key=run.key_of(api_key_file),
-        slots=slots, queue=queue, most=max_body, device=device, precision=precision,
+        slots=slots, queue=queue, most=max_body, votes=votes, items=items, rows=rows, device=device, precision=precision,
         tell=lambda text: terminal.tell(text, head="note"), said=terminal.say,
     )  # fmt: skip

@@ -19,14 +19,10 @@ from temper.serve.gallery import Served
 from temper.serve.metrics import Metrics
 from temper.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": "OpenAI's error envelope"} for status in (400, 401, 403, 404, 413, 429)
-}
-
 
 def routes(desk: Desk, metrics: Metrics) -> APIRouter:
     """All of /v1."""
-    router = APIRouter(prefix="/v1", responses=ERRORS)
+    router = APIRouter(prefix="/v1", responses=refusals.ERRORS)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:

@@ -6,26 +6,46 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from temper.serve import api, refusals
+from temper.serve import api, playground, refusals
 from temper.serve.answering import Desk
 from temper.serve.gate import Gate
+from temper.serve.items import List
 from temper.serve.metrics import Metrics
 from temper.serve.refusals import Refused
+from temper.serve.votes import Votes
 
 BODY = 4 << 20  # bytes of a request at most, unless told otherwise
+PAGE = Path(__file__).parent / "page"
+SAFE = {  # the page loads nothing but its own files, and nobody else's page may show it
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}  # fmt: skip
 
 
-def application(desk: Desk, *, key: str | None = None, local: bool = True, most: int = BODY) -> FastAPI:
+def application(
+    desk: Desk,
+    *,
+    votes: Votes,
+    listed: List | None = None,
+    key: str | None = None,
+    local: bool = True,
+    most: int = BODY,
+) -> FastAPI:
     """All that is served over HTTP.
 
     Args:
+        votes: where verdicts are kept.
+        listed: items to be judged.
         key: what requests must bring; None: nothing.
         local: only requests to names of this machine itself are answered.
         most: bytes of a body at most.
@@ -42,6 +62,12 @@ def application(desk: Desk, *, key: str | None = None, local: bool = True, most:
         description="Models that were trained, behind OpenAI's protocol.",
     )  # fmt: skip
     app.include_router(api.routes(desk, metrics))
+    app.include_router(playground.routes(desk, votes, listed))
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=SAFE)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

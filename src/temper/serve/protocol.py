@@ -29,7 +29,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What a request says; fields that are not known are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -41,14 +43,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream says beside the answer."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Request(_Body):
+class _Request(Body):
     """What both ways of asking have in common."""
 
     model: Text = Field(description="A name that /v1/models lists.")
@@ -106,14 +108,14 @@ class _Request(_Body):
         )
 
 
-class Part(_Body):
+class Part(Body):
     """A part of a message; only text is understood."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_Body):
+class Message(Body):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -201,7 +203,7 @@ class CompletionRequest(_Request):
         return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
-class LoadAdapter(_Body):
+class LoadAdapter(Body):
     """vLLM's request for another adapter."""
 
     lora_name: Text
@@ -209,7 +211,7 @@ class LoadAdapter(_Body):
     load_inplace: Literal[False] = False
 
 
-class UnloadAdapter(_Body):
+class UnloadAdapter(Body):
     """vLLM's request to serve an adapter no more."""
 
     lora_name: Text

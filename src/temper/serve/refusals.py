@@ -8,6 +8,11 @@ from fastapi.responses import JSONResponse
 
 from temper.errors import TemperError
 
+# Of all routes, for the description of the API.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": "OpenAI's error envelope"} for status in (400, 401, 403, 404, 409, 413, 429)
+}
+
 
 class Refused(Exception):
     """A request that is answered with an error.

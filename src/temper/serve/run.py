@@ -16,6 +16,8 @@ from temper.serve.app import application
 from temper.serve.engine import Engine
 from temper.serve.gallery import Gallery
 from temper.serve.gate import loopback
+from temper.serve.items import List, read
+from temper.serve.votes import Votes
 
 KEY = "TEMPER_API_KEY"
 
@@ -31,6 +33,9 @@ def serve(
     slots: int,
     queue: int,
     most: int,
+    votes: Path,
+    items: str | None,
+    rows: int | None,
     device: str,
     precision: str,
     tell: Callable[[str], Any],
@@ -41,6 +46,8 @@ def serve(
     Args:
         tell: for notices.
         said: for the line that says where it listens.
+        votes: the file in which verdicts are kept.
+        items: rows that are to be judged, so many of them.
 
     Raises:
         RecipeError: an address that others reach, and no key; a port that is taken; a folder that is not there.
@@ -53,6 +60,8 @@ def serve(
         )
     if missing := next((p for p in adapters_from if not p.is_dir()), None):
         raise RecipeError(f"there is no folder {missing}", do="--adapters-from takes folders that hold adapters")
+    found = None if items is None else read(items, rows)
+    kept = Votes(votes)
     listening = _listen(host, port)
     engine = Engine(device=device, precision=precision)
     engine.start()
@@ -61,16 +70,20 @@ def serve(
         gallery.open(models, adapters)
         for notice in gallery.notices:
             tell(notice)
-        app = application(Desk(engine, gallery, queue=queue), key=key, local=local, most=most)
+        listed = None if items is None or found is None else List(items, found, list(gallery.served))
+        if listed is not None and not listed.couples:
+            raise RecipeError("items are judged by comparing models, and only one is served", do="name a second model or an adapter")
+        app = application(Desk(engine, gallery, queue=queue), votes=kept, listed=listed, key=key, local=local, most=most)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         for served in gallery.served.values():
             asked = served.encoder.description.replace("\n", "\\n")
             said(f"{served.name}: {asked}; {served.lane.reason}")
-        said(f"listening on {address}/v1; Ctrl-C ends")
+        said(f"listening on {address} (the API: {address}/v1); Ctrl-C ends")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
     finally:
         engine.close()
+        kept.close()
         listening.close()
 
 
