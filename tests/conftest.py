@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import serving
 import temper
 import tracked
 from preferred import model_at
@@ -78,3 +79,9 @@ def forks() -> Iterator[Workshop]:
     """Starts of Temper that cost no imports; see staged_runs."""
     with workshop() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def served_models(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A folder with models and adapters to be served; see `serving.shop`."""
+    return once("served-models", serving.shop)

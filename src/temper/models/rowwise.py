@@ -27,7 +27,7 @@ Factors = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # layer → A [ran
 # What a configuration may say beside rank, alpha and targets; all else changes more than products.
 PLAIN = {
     "bias": ("none",), "use_dora": (False,), "modules_to_save": (None,), "trainable_token_indices": (None,),
-    "target_parameters": (None,), "layer_replication": (None,), "lora_bias": (False,), "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []), "layer_replication": (None,), "lora_bias": (False,), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, "gaussian"),
 }  # fmt: skip
 
@@ -110,7 +110,11 @@ def factors_of(model: PreTrainedModel, source: hub.Source) -> Factors | None:
     """
     if not plain(source):
         return None
-    wrapped = adapters.put_on(model, source)
+    try:
+        wrapped = adapters.put_on(model, source)
+    except BaseException:
+        stacks.cleared(model)  # PEFT has put layers of its own in before it finds that the weights do not fit
+        raise
     found: Factors | None = {}
     try:
         assert len(adapted.parts(wrapped)) == 1

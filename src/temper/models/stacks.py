@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from transformers import PreTrainedModel
 
@@ -42,6 +43,15 @@ def stacked(model: PreTrainedModel, sources: Sequence[hub.Source]) -> PeftModel:
     for name in names:
         wrapped.delete_adapter(name)
     return wrapped  # type: ignore[no-any-return]
+
+
+def cleared(model: PreTrainedModel) -> None:
+    """Take out what PEFT left in a model when it failed half-way: there is no `PeftModel` to be asked for it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def taken_off(model: Any) -> PreTrainedModel:

@@ -148,7 +148,7 @@ class Decoder:
             self._admit()
             if self.rows:
                 self._write()
-            elif self.growing and not self.busy:
+            if self.growing and not self.busy:  # whoever drives it stops here, so there is no later step to do it in
                 self.memory, self.seen = Memory(*SMALL), None
         finally:
             memories.leave(token)

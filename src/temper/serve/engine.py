@@ -59,6 +59,11 @@ class Work:
             draft.given_up = True
 
 
+def _left() -> ModelError:
+    """Of a request that was read before its adapter was taken away, and comes here after."""
+    return ModelError("the adapter was unloaded meanwhile")
+
+
 class Lane:
     """A model, with LoRA adapters for single rows where it decodes natively.
 
@@ -110,7 +115,9 @@ class Lane:
 
     def put(self, work: Work) -> None:
         self.works.append(work)
-        if self.native:
+        if work.adapter is not None and work.adapter not in self.rowwise.factors:
+            work.failed = _left()  # told at the next step
+        elif self.native:
             self.decoder.put(work.ids, list(work.drafts), work.adapter)
         else:
             self.waiting.append(work)
@@ -162,6 +169,8 @@ class Lane:
         """
         if self.model.config.is_encoder_decoder or adapted.virtual(self.hf):
             raise ModelError("this model cannot score its prompt", do="leave echo out")
+        if adapter is not None and adapter not in self.rowwise.factors:
+            raise _left()
         if self.native:
             self.rowwise([adapter])
             self.switch(False)
@@ -174,7 +183,7 @@ class Lane:
                 some = hidden[k : min(k + SCORED, len(ids) - 1)]
                 logps = head(inputs_embeds=some[:, None], use_cache=False).logits[:, 0].float().log_softmax(-1)
                 own = logps.gather(-1, line[0, k + 1 : k + 1 + len(some)][:, None])[:, 0].tolist()
-                values, best = logps.topk(max(1, top), dim=-1)
+                values, best = logps.topk(min(max(1, top), logps.shape[-1]), dim=-1)
                 tops = [list(zip(b, v, strict=True))[:top] for b, v in zip(best.tolist(), values.tolist(), strict=True)]
                 out += list(zip(own, tops, strict=True))
         finally:

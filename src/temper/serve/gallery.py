@@ -5,16 +5,18 @@ Adapters of one base share it; plain LoRAs are decoded together with it and with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from temper import chat, hub
 from temper.data.chat import Encoder
-from temper.errors import ModelError, RecipeError, nearest
+from temper.errors import ModelError, RecipeError, TemperError, nearest
 from temper.models import adapted, adapters, load, rowwise
 from temper.serve.engine import Engine, Lane
 
@@ -66,6 +68,7 @@ class Gallery:
         self.notices: list[str] = []
         self._bases: dict[tuple[str, str | None, str | None], tuple[Any, Lane]] = {}  # name, revision, held
         self._numbers = 0
+        self._changing = threading.Lock()  # names are added and taken away by one at a time
 
     def __getitem__(self, name: str) -> Served:
         """
@@ -101,7 +104,8 @@ class Gallery:
             folder = path / "adapter" if (path / "adapter").is_dir() else path
             if not folder.is_dir():
                 raise ModelError(f"there is no adapter {path}", do="give a folder with adapter_config.json, or a stage's")
-            self._serve(name, self._on_ours(folder.resolve()), model=str(path))
+            with _reading(path):
+                self._serve(name, self._on_ours(folder.resolve()), model=str(path))
 
     def _bare(self, served: Served, base: hub.Source) -> None:
         """Serve the base of an adapter, as the adapter knows it."""
@@ -146,6 +150,7 @@ class Gallery:
         hf: Any = None
         lane: Lane | None = None
         key: str | None = None
+        factors: rowwise.Factors | None = None
         if not source.adapters or (rowwise.plain(source) and (copies or known in self._bases)):
             if known not in self._bases:
                 hf, notices = adapters.open_base(source, device=self.engine.device)
@@ -157,7 +162,6 @@ class Gallery:
             if factors is not None:
                 self._numbers += 1
                 key = f"{name}#{self._numbers}"
-                lane.add(key, factors)
         if source.adapters and key is None:  # something else than products, or a base that `generate` decodes
             if not copies:
                 raise ModelError(
@@ -173,6 +177,8 @@ class Gallery:
         encoder = Encoder(load.tokenizer(source), chat.form_of(model), end_ids=load.end_ids(inner), apart=apart)
         context = load.context(inner)
         virtual = adapted.virtual(hf) if key is None else 0
+        if key is not None and factors is not None:
+            lane.add(key, factors)  # last, when nothing can fail any more
         return Served(
             name, source, lane, encoder, frozenset(encoder.end_ids | adapters.trained_ends(source)),
             None if context is None else context - virtual, key,
@@ -195,12 +201,14 @@ class Gallery:
         """
         if not name or len(name) > NAME_LIMIT or not name.isprintable():
             raise RecipeError("that is no name for a model", do=f"give 1 to {NAME_LIMIT} printable characters")
-        if name in self.served:
-            raise RecipeError(f"there is a model «{name}» already", do="take another name, or unload it first")
-        folder = self._within(path)
-        found = self._serve(name, self._on_ours(folder), model=str(folder), copies=False)
-        found.loaded = True
-        return found
+        with self._changing:
+            if name in self.served:
+                raise RecipeError(f"there is a model «{name}» already", do="take another name, or unload it first")
+            folder = self._within(path)
+            with _reading(folder):
+                found = self._serve(name, self._on_ours(folder), model=str(folder), copies=False)
+            found.loaded = True
+            return found
 
     def _within(self, path: str) -> Path:
         """The folder of an adapter, links followed, if it lies within one of ours."""
@@ -224,10 +232,11 @@ class Gallery:
             ModelError: no such name.
             RecipeError: it was served from the start.
         """
-        served = self[name]
-        if not served.loaded:
-            raise RecipeError(f"«{name}» was not loaded by a request", do="only such adapters can be unloaded")
-        del self.served[name]
+        with self._changing:
+            served = self[name]
+            if not served.loaded:
+                raise RecipeError(f"«{name}» was not loaded by a request", do="only such adapters can be unloaded")
+            del self.served[name]
 
         def leave() -> None:
             if served.key is not None:
@@ -237,6 +246,19 @@ class Gallery:
                 served.lane.close()
 
         self.engine.call(leave).result()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, whatever a damaged or foreign adapter makes its readers raise is said as one error."""
+    try:
+        yield
+    except TemperError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the adapter {path} cannot be read: {type(error).__name__}: {str(error)[:200]}", do="is it one of PEFT's, and whole?"
+        ) from error
 
 
 def _called(source: hub.Source) -> str:
