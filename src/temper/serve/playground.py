@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import secrets
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,16 @@ def routes(desk: Desk, votes: Votes, listed: List | None) -> APIRouter:
         listed: items to be judged; None: free prompts alone.
     """
     router = APIRouter(prefix="/playground", responses=refusals.ERRORS)
-    writing = asyncio.Lock()  # answers to items are written once, whoever asks first
+    writing: dict[tuple[str, str], asyncio.Task[None]] = {}  # answers to items under way, by item and model
+
+    def answered(task: Task) -> list[asyncio.Task[None]]:
+        """What writes the two answers to an item: once, whoever asks first."""
+        for model in task.models.values():
+            key = task.item.id, model
+            if key not in writing and votes.answer(task.item.id, model, OF_ITEMS) is None:
+                writing[key] = asyncio.ensure_future(_answered(desk, votes, task, model))
+                writing[key].add_done_callback(lambda done, key=key: (writing.pop(key), done.cancelled() or done.exception()))
+        return [writing[task.item.id, model] for model in task.models.values() if (task.item.id, model) in writing]
 
     def battle_of(id: str) -> Battle:
         battle = votes.battle(id)
@@ -101,7 +111,8 @@ def routes(desk: Desk, votes: Votes, listed: List | None) -> APIRouter:
             raise Refused(409, "both answers must be finished before a verdict", param="id")
         if not votes.judge(id, asked.verdict, asked.who if battle.item is None else battle.who):
             raise Refused(409, "this comparison has its verdict already", param="id")
-        return {"left": battle.models["left"], "right": battle.models["right"], "verdict": asked.verdict}
+        names = {} if battle.item is not None else {side: battle.models[side] for side in SIDES}  # a list is judged blind to its end
+        return {"verdict": asked.verdict, **names}
 
     @router.get("/ranking")
     async def rank() -> dict[str, Any]:
@@ -125,8 +136,10 @@ def routes(desk: Desk, votes: Votes, listed: List | None) -> APIRouter:
         progress = {"done": done, "total": listed.total}
         if not tasks:
             return {"progress": progress, "battle": None}
-        async with writing:
-            await _answered(desk, votes, tasks[0])
+        for one in answered(tasks[0]):
+            await asyncio.shield(one)
+        for ahead in tasks[1:2]:  # while this one is read
+            answered(ahead)
         return {"progress": progress, "battle": _shown(votes, who, tasks[0], seen)}
 
     return router
@@ -146,11 +159,11 @@ def ranked(battles: Sequence[Battle]) -> dict[str, Any]:
 
 def _works(desk: Desk, model: str, talk: Talk, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     """What it takes to have a model answer. Its name is left out of what is told: who judges is blind."""
-    served = desk.served(model)
     asked = ChatRequest.model_validate({"model": model, "messages": talk, "stream": True, **settings})
     if asked.max_tokens is None:
         asked.max_tokens = ANSWERS
     try:
+        served = desk.served(model)
         room = served.room(len(desk.prompts(served, asked)[0]))
         if room is not None and room >= 1:
             asked.max_tokens = min(asked.max_tokens, room)
@@ -162,21 +175,21 @@ def _works(desk: Desk, model: str, talk: Talk, settings: dict[str, Any]) -> tupl
 
 async def _streamed(desk: Desk, votes: Votes, battle: Battle) -> AsyncIterator[str]:
     """Both answers as they come; what was written before is told at once."""
-    if battle.written:
-        for side in SIDES:
-            yield answers.event({"side": side, "text": battle.texts[side], "done": True, "ended": battle.ended[side]})
-        yield answers.DONE
-        return
     heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def write(side: Side) -> None:
+        if battle.texts[side] is not None:
+            heard.put_nowait({"side": side, "text": battle.texts[side], "done": True, "ended": battle.ended[side]})
+            return
         try:
             served, asked, works = _works(desk, battle.models[side], battle.messages, battle.settings)
             reply = answers.Reply(served, asked, works[0])
             with desk.under(served, works):
-                while not works[0].over:
+                over = False
+                while not over:
                     await works[0].news.wait()
                     works[0].news.clear()
+                    over = works[0].over  # before what is new is taken: what comes after it would not be told
                     for piece in reply.pieces():
                         if text := piece["delta"].get("content"):
                             heard.put_nowait({"side": side, "text": text, "done": False})
@@ -186,6 +199,8 @@ async def _streamed(desk: Desk, votes: Votes, battle: Battle) -> AsyncIterator[s
             heard.put_nowait({"side": side, "done": True, "ended": choice["finish_reason"] == "stop"})
         except Refused as refused:
             heard.put_nowait({"side": side, "done": True, "error": refused.message})
+        except sqlite3.Error as error:
+            heard.put_nowait({"side": side, "done": True, "error": f"the answer cannot be kept: {error}"})
 
     tasks = [asyncio.ensure_future(write(side)) for side in SIDES]
     try:
@@ -200,16 +215,13 @@ async def _streamed(desk: Desk, votes: Votes, battle: Battle) -> AsyncIterator[s
             task.cancel()
 
 
-async def _answered(desk: Desk, votes: Votes, task: Task) -> None:
-    """Have both models answer an item, if they have not yet."""
-    for model in task.models.values():
-        if votes.answer(task.item.id, model, OF_ITEMS) is not None:
-            continue
-        served, asked, works = _works(desk, model, task.item.messages, OF_ITEMS)
-        with desk.under(served, works):
-            await ended(works[0])
-        (choice,) = answers.Reply(served, asked, works[0]).choices()
-        votes.keep(task.item.id, model, OF_ITEMS, choice["message"]["content"], choice["finish_reason"] == "stop")
+async def _answered(desk: Desk, votes: Votes, task: Task, model: str) -> None:
+    """Have a model answer an item."""
+    served, asked, works = _works(desk, model, task.item.messages, OF_ITEMS)
+    with desk.under(served, works):
+        await ended(works[0])
+    (choice,) = answers.Reply(served, asked, works[0]).choices()
+    votes.keep(task.item.id, model, OF_ITEMS, choice["message"]["content"], choice["finish_reason"] == "stop")
 
 
 def _shown(votes: Votes, who: str, task: Task, seen: Sequence[Battle]) -> dict[str, Any]:

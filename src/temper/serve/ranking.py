@@ -51,7 +51,7 @@ def outcomes(battles: Sequence[Battle]) -> list[Outcome]:
     return out
 
 
-def bradley_terry(wins: np.ndarray) -> np.ndarray:
+def bradley_terry(wins: np.ndarray, met: np.ndarray | None = None) -> np.ndarray:
     """Strengths [N] (natural logarithms of odds, mean 0) that make the wins likeliest (Bradley and Terry 1952); a tie is half
     a win for either.
 
@@ -59,10 +59,14 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray:
 
     Args:
         wins: [N, N], how often i was better than j.
+        met: [N, N], whether i and j get imaginary ties; by default where either was better. A resample is given those of
+            all votes: else models would drift apart in it that only single prompts connect.
+
+    >>> bradley_terry(np.array([[0, 7.5], [1.5, 0]])).round(4)  # ± log(8 / 2) / 2
+    array([ 0.6931, -0.6931])
     """
     n = len(wins)
-    met = (wins + wins.T > 0).astype(float)
-    wins = wins + PRIOR / 2 * met
+    wins = wins + PRIOR / 2 * (wins + wins.T > 0 if met is None else met)
     games = wins + wins.T
     strength = np.zeros(n)
     for _ in range(100):
@@ -95,21 +99,20 @@ def ranked(found: Sequence[Outcome], *, seed: int = 0) -> list[dict[str, Any]]:
     names = sorted({name for one in found for name in (one.a, one.b)})
     if not names:
         return []
-    scores = CENTRE + SCALE * bradley_terry(table(found, names))
+    wins = table(found, names)
+    met = wins + wins.T > 0
+    scores = CENTRE + SCALE * bradley_terry(wins)
     prompts = sorted({one.prompt for one in found})
     tables = np.zeros((len(prompts), len(names), len(names)))
     place = {prompt: k for k, prompt in enumerate(prompts)}
     for one in found:
         tables[place[one.prompt]] += table([one], names)
     draw = np.random.default_rng(seed)
-    drawn = np.array(
-        [
-            CENTRE + SCALE * bradley_terry(np.tensordot(np.bincount(draw.integers(0, len(prompts), len(prompts)), minlength=len(prompts)), tables, 1))
-            for _ in range(RESAMPLES)
-        ]
-    )  # fmt: skip
+    n = len(prompts)
+    counts = [np.bincount(draw.integers(0, n, n), minlength=n) for _ in range(RESAMPLES)]
+    drawn = np.array([CENTRE + SCALE * bradley_terry(np.tensordot(c, tables, 1), met) for c in counts])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    groups = _groups(table(found, names))
+    groups = _groups(wins)
     out = []
     for k, name in enumerate(names):
         mine = [(o.score if o.a == name else 1 - o.score, o.both_bad) for o in found if name in (o.a, o.b)]
@@ -182,13 +185,13 @@ def agreement(found: Sequence[Outcome], *, seed: int = 0) -> dict[str, Any] | No
 
     1: they always agree; 0: as if they chose by chance; below: less than that.
     """
-    people = sorted({one.who for one in found})
     said: dict[tuple[str, str, str], dict[str, float]] = {}
     for one in found:
         said.setdefault((one.prompt, one.a, one.b), {})[one.who] = 2 * one.score
     shared = [by for by in said.values() if len(by) > 1]
-    if len(people) < 2 or not shared:
+    if not shared:
         return None
+    people = sorted({who for by in shared for who in by})
     ratings = np.array([[by.get(who, np.nan) for by in shared] for who in people])
     value = _alpha(ratings)
     draw = np.random.default_rng(seed)

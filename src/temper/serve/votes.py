@@ -65,14 +65,14 @@ class Votes:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.base = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self.base.row_factory = sqlite3.Row
-            self.base.execute("PRAGMA journal_mode = WAL")
             (version,) = self.base.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise RunError(f"{path} was written by another version of Temper (tables of version {version})", do="name another file: --votes FILE")
-            if not version and self.base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            there = {name for (name,) in self.base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if there and not (version and there >= {"answers", "battles"}):  # nothing of it has been changed yet
                 raise RunError(f"{path} is a database of something else", do="name another file: --votes FILE")
-            self.base.executescript(TABLES)
-            self.base.execute(f"PRAGMA user_version = {VERSION}")
+            self.base.execute("PRAGMA journal_mode = WAL")
+            self.base.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
         except (sqlite3.Error, OSError) as error:
             raise RunError(f"votes cannot be kept in {path}: {error}", do="name another file: --votes FILE") from None
 
@@ -90,9 +90,9 @@ class Votes:
         )
 
     def write(self, id: str, side: Side, text: str, ended: bool) -> None:
-        """What one of them answered."""
+        """What one of them answered; the first that is told stays."""
         assert side in ("left", "right")
-        self._do(f"UPDATE battles SET {side}_text = ?, {side}_ended = ? WHERE id = ?", (text, ended, id))
+        self._do(f"UPDATE battles SET {side}_text = ?, {side}_ended = ? WHERE id = ? AND {side}_text IS NULL", (text, ended, id))
 
     def judge(self, id: str, verdict: Verdict, who: str) -> bool:
         """Enter a verdict, once; False where there is one already."""
