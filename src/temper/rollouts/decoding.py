@@ -101,7 +101,7 @@ class Draft:
         top: int = 0,
     ) -> None:
         self.decoding, self.ends, self.tokenizer, self.heard = decoding, ends, tokenizer, heard
-        self.noise: list[float] = noise.tolist()
+        self.noise = noise
         self.top = top
         # Drafts that agree in these are drawn in one go.
         self.way = (decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p, decoding.repetition_penalty)
@@ -127,7 +127,7 @@ class Draft:
     @property
     def chance(self) -> float:
         """The noise of its next token."""
-        return self.noise[len(self.logps)]
+        return float(self.noise[len(self.logps)])
 
     def add(self, token: int, logp: float, raw: float) -> bool:
         """Take a sampled token; True when the completion is finished."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -35,6 +36,7 @@ class Desk:
     def __init__(self, engine: Engine, gallery: Gallery, *, queue: int = 256) -> None:
         self.engine, self.gallery, self.limit = engine, gallery, queue
         self.under_way = 0
+        self.over: Callable[[Served, Sequence[Work], float, bool], Any] = lambda *_: None  # told of works, in `under`
 
     def served(self, name: str) -> Served:
         """
@@ -101,6 +103,12 @@ class Desk:
             Refused: a prompt or its answer is longer than the context; settings contradict one another.
         """
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        wanted = (asked.n or 1) * (len(asked.prompts) if isinstance(asked, CompletionRequest) else 1)
+        if wanted > self.limit:  # waiting would not help
+            raise Refused(
+                400, f"that is {wanted} answers, and {self.limit} may be under way at once: ask for fewer of them",
+                param="n" if (asked.n or 1) > 1 else "prompt",
+            )  # fmt: skip
         works = []
         for number, ids in enumerate(self.prompts(served, asked)):
             decoding = self._decoding(served, asked, len(ids))
@@ -128,14 +136,19 @@ class Desk:
             )  # fmt: skip
         if wanted is None:
             wanted = UNLIMITED if room is None else min(room, LONGEST_NOISE)
+        if (asked.min_tokens or 0) > max(1, wanted):
+            raise Refused(400, f"min_tokens {asked.min_tokens} is above max_tokens {wanted}", param="min_tokens")
         try:
             return asked.decoding(max(1, wanted))
         except ValidationError as error:
             raise refusals.of_fields(list(error.errors())) from None
 
     @contextlib.contextmanager
-    def under(self, served: Served, works: Sequence[Work]) -> Iterator[None]:
+    def under(self, served: Served, works: Sequence[Work], *, written: bool = True) -> Iterator[None]:
         """Within, works are written; at the end nobody waits for them any more.
+
+        Args:
+            written: False: they only count, for their prompts are to be scored and nothing is to follow.
 
         Raises:
             Refused: too much is under way.
@@ -147,14 +160,16 @@ class Desk:
                 code="queue_full", headers={"Retry-After": "1"},
             )  # fmt: skip
         self.under_way += answers
+        begun = time.monotonic()
         try:
-            for work in works:
+            for work in works if written else ():
                 self.engine.submit(served.lane, work)
             yield
         finally:
             self.under_way -= answers
             for work in works:
                 work.give_up()
+            self.over(served, works, time.monotonic() - begun, written)
 
     async def whole(self, served: Served, asked: ChatRequest | CompletionRequest, works: list[Work]) -> dict[str, Any]:
         """A response in one piece."""
@@ -173,8 +188,8 @@ class Desk:
     ) -> dict[str, Any]:
         """Prompts with their log-probabilities, and what follows them."""
         tokenizer, choices = served.encoder.tokenizer, []
-        written = works if asked.max_tokens != 0 else []
-        with self.under(served, written):
+        written = asked.max_tokens != 0
+        with self.under(served, works, written=written):
             for k, work in enumerate(works):
                 before = None
                 text = tokenizer.decode(work.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

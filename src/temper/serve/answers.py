@@ -94,10 +94,13 @@ class Reply:
         return out
 
     def _scores(self, k: int, *, whole: bool) -> dict[str, Any]:
-        """Log-probabilities under the model's plain softmax, of tokens that have not been sent; the end token is none."""
+        """Log-probabilities under the model's plain softmax, of tokens that have not been sent. Those of a text hold its end
+        token too, as OpenAI's and vLLM's do: who asked for one token finds one (lm-eval cuts it off behind an echo)."""
         draft = self.work.drafts[k]
         done = draft.done
-        ids = done.ids if done is not None else list(draft.ids)
+        ids = list(draft.ids) if done is None else done.ids
+        if done is not None and done.end is not None and not self.chat:
+            ids = [*ids, done.end]
         first, self.shown[k] = (0 if whole else self.shown[k]), len(ids)
         ids = ids[first:]
         raw = draft.raw[first : first + len(ids)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,13 +13,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from temper.errors import ModelError, TemperError
 from temper.serve import refusals
 from temper.serve.answering import Desk
-from temper.serve.engine import Work
 from temper.serve.gallery import Served
-from temper.serve.metrics import Metrics
 from temper.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
 
 
-def routes(desk: Desk, metrics: Metrics) -> APIRouter:
+def routes(desk: Desk) -> APIRouter:
     """All of /v1."""
     router = APIRouter(prefix="/v1", responses=refusals.ERRORS)
 
@@ -43,10 +40,10 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
     async def _answer(asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         served = desk.served(asked.model)
         works = desk.works(served, asked)
-        begun = time.monotonic()
         if asked.stream:
             stream = desk.stream(served, asked, works)
-            first = await anext(stream)  # what cannot be taken in is told with its status
+            # What cannot be taken in is told with its status; of a text the first piece may be long in coming.
+            first = await _unless_gone(request, anext(stream))
 
             async def pieces() -> AsyncIterator[str]:
                 try:
@@ -55,17 +52,9 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
                         yield piece
                 finally:
                     await stream.aclose()  # type: ignore[attr-defined]
-                    _count(served, works, begun)
 
             return StreamingResponse(pieces(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        try:
-            found = await _unless_gone(request, desk.whole(served, asked, works))
-        finally:
-            _count(served, works, begun)
-        return JSONResponse(found)
-
-    def _count(served: Served, works: list[Work], begun: float) -> None:
-        metrics.count(served.name, works, time.monotonic() - begun)
+        return JSONResponse(await _unless_gone(request, desk.whole(served, asked, works)))
 
     @router.post("/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadAdapter) -> str:
@@ -92,7 +81,7 @@ def routes(desk: Desk, metrics: Metrics) -> APIRouter:
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
-    """What a coroutine gives; it is cancelled when the client hangs up."""
+    """What an awaitable gives; it is cancelled when the client hangs up."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:

@@ -61,7 +61,7 @@ def application(
         title="Temper", version=version("temper-lm"), lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Models that were trained, behind OpenAI's protocol.",
     )  # fmt: skip
-    app.include_router(api.routes(desk, metrics))
+    app.include_router(api.routes(desk))
     app.include_router(playground.routes(desk, votes, listed))
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
@@ -91,6 +91,10 @@ def application(
     async def missing(request: Request, error: HTTPException) -> Any:
         what = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not answered at {request.url.path}"}
         return Refused(error.status_code, what.get(error.status_code, str(error.detail)), headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Any:
+        return Refused(500, f"this is a defect of the server: {type(error).__name__}").response()
 
     app.add_middleware(
         Gate, key=key, local=local, most=most, counted=lambda path, status: metrics.requests.labels(path, status).inc()

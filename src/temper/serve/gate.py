@@ -10,7 +10,6 @@ import hmac
 import ipaddress
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from temper.serve.refusals import Refused
 
@@ -63,7 +62,7 @@ class Gate:
         if self.local and name not in LOCAL:
             raise Refused(403, f"this server answers to localhost alone, and was asked as «{host}»: start it with --host to serve others")
         origin = headers.get("origin")
-        if origin is not None and origin != "null" and urlsplit(origin).netloc != host:
+        if origin is not None and origin != "null" and origin.partition("://")[2] != host:
             raise Refused(403, f"requests from pages of {origin} are not answered here")
         if origin == "null" or headers.get("sec-fetch-site") == "cross-site":
             raise Refused(403, "requests from pages of other sites are not answered here")
@@ -73,14 +72,14 @@ class Gate:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not given:
             raise Refused(401, "this server asks for a key: send it as «Authorization: Bearer KEY»", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
-        if not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+        if not hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode()):
             raise Refused(401, "the key is wrong", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def _limited(self, headers: dict[str, str], receive: Any) -> Any:
         """`receive`, which fails once more than is allowed has come."""
         too_much = Refused(413, f"the body is larger than {self.most:,} bytes: send less, or start the server with a larger --max-body", code="body_too_large")  # fmt: skip
         said = headers.get("content-length", "")
-        if said.isdigit() and int(said) > self.most:
+        if said.isascii() and said.isdigit() and int(said[:20]) > self.most:
             raise too_much
         come = 0
 

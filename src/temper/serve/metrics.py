@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from temper.serve.answering import Desk
 from temper.serve.engine import Work
+from temper.serve.gallery import Served
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -25,9 +26,11 @@ class Metrics:
         self.seconds = Histogram("temper_request_seconds", "From the request to its last token.", ["model"], buckets=SECONDS, registry=self.registry)  # fmt: skip
         under_way = Gauge("temper_answers_under_way", "Answers being written or waiting.", registry=self.registry)
         under_way.set_function(lambda: desk.under_way)
+        desk.over = self.count
 
-    def count(self, model: str, works: Sequence[Work], seconds: float) -> None:
-        """Works that are over, or that were given up."""
+    def count(self, served: Served, works: Sequence[Work], seconds: float, written: bool) -> None:
+        """Works that are over, or that were given up; `written`: something was to follow their prompts."""
+        model = served.name
         self.seconds.labels(model).observe(seconds)
         for work in works:
             self.read.labels(model).inc(len(work.ids))
@@ -35,7 +38,7 @@ class Metrics:
             if work.first is not None:
                 self.first.labels(model).observe(work.first)
             lost = sum(draft.done is None for draft in work.drafts)
-            if lost and work.failed is None:
+            if lost and work.failed is None and written:
                 self.given_up.labels(model).inc(lost)
 
     def text(self) -> bytes:

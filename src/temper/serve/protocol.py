@@ -13,6 +13,7 @@ from temper.rollouts.decoding import Decoding
 
 MOST_ANSWERS = 128  # of one request
 MOST_TOPS = 20  # OpenAI's limit of top_logprobs
+COLDEST = 1e-6  # a temperature below is 0: float32 logits divided by less come to infinities, and their softmax to no number
 
 
 def _whole(text: str) -> str:
@@ -64,7 +65,7 @@ class _Request(Body):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="As vLLM has it; -1 and 0: all tokens.")  # fmt: skip
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(default=None, description="As vLLM has it.")
-    repetition_penalty: Annotated[Number, Field(gt=0, le=1e6)] | None = Field(default=None, description="As vLLM has it.")  # fmt: skip
+    repetition_penalty: Annotated[Number, Field(ge=1e-4, le=1e4)] | None = Field(default=None, description="As vLLM has it.")  # fmt: skip
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(default=None, description="As vLLM has it.")
     user: Text | None = Field(default=None, description="Changes nothing.")
     metadata: dict[str, Any] | None = Field(default=None, description="Changes nothing.")
@@ -99,7 +100,7 @@ class _Request(Body):
         return Decoding(
             max_new_tokens=new_tokens,
             min_new_tokens=self.min_tokens or 0,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=1.0 if self.temperature is None else self.temperature if self.temperature >= COLDEST else 0.0,
             top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,

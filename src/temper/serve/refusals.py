@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from temper.errors import TemperError
 
@@ -14,8 +15,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Refused(Exception):
-    """A request that is answered with an error.
+class Refused(HTTPException):
+    """A request that is answered with an error. (Of starlette's kind: FastAPI calls any other that is raised while it reads a
+    body a body that cannot be parsed.)
 
     Args:
         status: HTTP's.
@@ -26,18 +28,23 @@ class Refused(Exception):
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
-        super().__init__(message)
+        super().__init__(status, message, headers)
+        self.status, self.message, self.code, self.param = status, message, code, param
 
     def response(self) -> JSONResponse:
         return JSONResponse(envelope(self.status, self.message, self.code, self.param), self.status, self.headers)
 
 
 def envelope(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
+    """The body of an error. What was sent may be named in it, and half a character cannot be sent back."""
+    message, param = _whole(message), param and _whole(param)
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def told(error: TemperError, status: int = 400, *, code: str | None = None, param: str | None = None) -> Refused:
