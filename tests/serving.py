@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -38,7 +39,7 @@ OTHERS = {"dora": Adapter(r=2, dora=True), "scaled": Adapter(method="ia3"), "sof
 
 def shop(folder: Path) -> None:
     """base/, a Llama with a chat template that ends about every thirtieth token; adapters/NAME of it; other/ and adapters/foreign,
-    which is of that one; t5/ and bloom/, which `generate` decodes;
+    which is of that one; t5/ and bloom/, which `generate` decodes; judge/, which says FIRST;
     gpt2/ and mixtral/ with adapters/on-gpt2 and adapters/on-mixtral."""
     folder.mkdir()
     for seed, name in enumerate(("base", "other")):
@@ -57,11 +58,35 @@ def shop(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
     for family in ("t5", "bloom", "gpt2", "mixtral"):
         model_at(folder / family, family, tokenizer=words())
+    judge_at(folder / "judge")
     for name, kind in {**LORA, **OTHERS, "foreign": Adapter(r=2)}.items():
         stirred(folder / ("other" if name == "foreign" else "base"), folder / "adapters" / name, kind)
     stirred(folder / "t5", folder / "adapters" / "lines", Adapter(r=2))
     for family in ("gpt2", "mixtral"):
         stirred(folder / family, folder / "adapters" / f"on-{family}", Adapter(r=2, targets="all-linear" if family == "gpt2" else ["q_proj", "v_proj"]))
+
+
+def judge_at(folder: Path) -> None:
+    """A model that answers FIRST to whatever it is asked: its layers add nothing, and each token of that chain calls for the next."""
+    tokenizer = small(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chain = [*tokenizer("\nFIRST", add_special_tokens=False)["input_ids"], end]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8192, eos_token_id=end, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            layer.self_attn.o_proj.weight.zero_()  # type: ignore[union-attr]
+            layer.mlp.down_proj.weight.zero_()  # type: ignore[union-attr]
+        hf.model.embed_tokens.weight.zero_()
+        hf.lm_head.weight.zero_()
+        for k, (now, then) in enumerate(itertools.pairwise(chain)):
+            hf.model.embed_tokens.weight[now, k] = 1
+            hf.lm_head.weight[then, k] = 9
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def stirred(model: Path, folder: Path, kind: Adapter) -> None:
@@ -122,17 +147,30 @@ class Server:
         )  # fmt: skip
         self.said: list[str] = []
         self.errors: list[str] = []
-        assert self.process.stderr is not None
-        threading.Thread(target=lambda: self.errors.extend(self.process.stderr or ()), daemon=True).start()
+        self.readers = [self._reading(self.process.stderr, self.errors)]
+        late = threading.Timer(120, self.process.kill)
+        late.start()
         self.address = self._address()
-        # what it says later must not fill the pipe
-        threading.Thread(target=lambda: self.said.extend(self.process.stdout or ()), daemon=True).start()
+        late.cancel()
+        self.readers.append(self._reading(self.process.stdout, self.said))
+
+    @staticmethod
+    def _reading(pipe: Any, into: list[str]) -> threading.Thread:
+        """What it says must not fill the pipe."""
+
+        def read() -> None:
+            with pipe:
+                into.extend(pipe)
+
+        made = threading.Thread(target=read, daemon=True)
+        made.start()
+        return made
 
     def _address(self) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said.append(line)
-            if found := re.search(r"listening on (http://\S+)/v1", line):
+            if found := re.search(r"listening on (http://\S+) ", line):
                 return found[1]
         raise AssertionError(f"it did not start: {''.join(self.errors)}")
 
@@ -167,7 +205,10 @@ class Server:
     def stop(self) -> int:
         """As Ctrl-C does; the exit code."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=30)
+        code = self.process.wait(timeout=30)
+        for reader in self.readers:
+            reader.join(10)
+        return code
 
 
 @contextlib.contextmanager

@@ -129,10 +129,11 @@ class Desk:
                 "send less of it", code="context_length_exceeded", param="messages" if chat else "prompt",
             )  # fmt: skip
         if wanted is not None and wanted > (LONGEST_NOISE if room is None else room):
+            field = "max_tokens" if asked.max_tokens is not None or not chat else "max_completion_tokens"
             raise Refused(
-                400, f"max_tokens {wanted} is more than there is room for: the prompt has {prompt} tokens, and «{served.name}» "
+                400, f"{field} {wanted} is more than there is room for: the prompt has {prompt} tokens, and «{served.name}» "
                 f"takes {served.context or LONGEST_NOISE} with the answer. Ask for {room or LONGEST_NOISE} at most, or send less",
-                code="context_length_exceeded", param="max_tokens",
+                code="context_length_exceeded", param=field,
             )  # fmt: skip
         if wanted is None:
             wanted = UNLIMITED if room is None else min(room, LONGEST_NOISE)

@@ -220,7 +220,8 @@ class Gallery:
             folder = Path(os.path.realpath(root / path))
             if folder.is_relative_to(root):
                 folder = Path(os.path.realpath(folder / "adapter")) if (folder / "adapter").is_dir() else folder
-                if folder.is_dir() and folder.is_relative_to(root):
+                files = [*folder.rglob("*")] if folder.is_dir() and folder.is_relative_to(root) else []
+                if files and all(Path(os.path.realpath(file)).is_relative_to(root) for file in files):
                     return folder
         shown = ", ".join(str(root) for root in self.folders)
         raise ModelError(f"there is no adapter {path} in the folders that may be loaded from", do=f"give a path within {shown}")

@@ -122,6 +122,13 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(min_length=1)]
 
+    # What an answer of ours or of OpenAI's brings along when it is sent back as a part of the conversation.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
     @property
     def plain(self) -> dict[str, str]:
         """As chat templates know it."""

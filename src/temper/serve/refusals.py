@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -61,7 +62,8 @@ def of_fields(errors: list[Any]) -> Refused:
         # Of a field that takes several kinds each is told apart; the first names suffice.
         name = next((p for p in place if not p.startswith(("function-after", "list[", "constrained"))), "")
         within = "".join(f"[{p}]" if p.isdigit() else "" for p in place[1:])
-        params.append(name or None)
+        named = re.search("«(\\w+)»", str(error["msg"]))  # of a rule between fields, which has no place of its own
+        params.append(name or (named[1] if named else None))
         if error["type"] == "extra_forbidden":
             said.append(f"«{'.'.join(place)}» is not supported, and would be ignored: leave it out")
         elif error["type"] == "json_invalid":
@@ -73,5 +75,5 @@ def of_fields(errors: list[Any]) -> Refused:
             message = str(error["msg"]).removeprefix("Value error, ")
             said.append(f"«{name}{within}»: {message[:1].lower()}{message[1:]}" if name and "«" not in message else message)
     unique = list(dict.fromkeys(said))
-    code = "unsupported_parameter" if any(e["type"] == "extra_forbidden" for e in errors) else None
+    code = "unsupported_parameter" if any("is not supported" in s for s in unique) else None
     return Refused(400, "; ".join(unique) or "the request cannot be read", code=code, param=params[0] if params else None)

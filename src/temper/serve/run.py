@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -61,12 +62,15 @@ def serve(
     if missing := next((p for p in adapters_from if not p.is_dir()), None):
         raise RecipeError(f"there is no folder {missing}", do="--adapters-from takes folders that hold adapters")
     found = None if items is None else read(items, rows)
-    kept = Votes(votes)
-    listening = _listen(host, port)
-    engine = Engine(device=device, precision=precision)
-    engine.start()
-    gallery = Gallery(engine, folders=adapters_from, slots=slots)
-    try:
+    with contextlib.ExitStack() as closing:
+        kept = Votes(votes)
+        closing.callback(kept.close)
+        listening = _listen(host, port)
+        closing.callback(listening.close)
+        engine = Engine(device=device, precision=precision)
+        engine.start()
+        closing.callback(engine.close)
+        gallery = Gallery(engine, folders=adapters_from, slots=slots)
         gallery.open(models, adapters)
         for notice in gallery.notices:
             tell(notice)
@@ -81,10 +85,6 @@ def serve(
         said(f"listening on {address} (the API: {address}/v1); Ctrl-C ends")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        engine.close()
-        kept.close()
-        listening.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
