@@ -165,7 +165,7 @@ def test_answers_come_side_by_side_and_are_followed_up(served: serving.Server, o
             whole = served.post("/v1/chat/completions", asked, headers=BEARER).json()
             said = whole["choices"][0]["message"]["content"]
             assert text == said != ""
-            assert f"{whole['usage']['completion_tokens']} tokens" in figures and re.search(r"first after \d+\.\d\d s", figures)
+            assert f"{whole['usage']['completion_tokens']} tokens" in figures and re.search(r"first after \d+\.\d\d s[\d.]+ tokens/s", figures)
             assert ("cut at the limit" in figures) == (whole["choices"][0]["finish_reason"] == "length")
             talks[name].append({"role": "assistant", "content": said})
     assert page.locator(".turn .prompt").all_text_contents() == ["Що нового?", "А <b>далі</b>?"]

@@ -19,6 +19,7 @@ from preferred import model_at, pairs, run, text
 from temper import statistics
 from temper.data import sources
 from temper.errors import DataError, RunError
+from temper.runfolder import read_json
 from temper.serve import ranking
 from temper.serve.items import Item, List, read
 from temper.serve.playground import ranked
@@ -101,10 +102,10 @@ def test_intervals_cover_what_the_votes_were_drawn_from() -> None:
     chance = 0.05 + 0.9 / (1 + np.exp(-1.8))
     true = 1000 + 400 / np.log(10) * np.log(chance / (1 - chance)) / 2
     hit = 0
-    for seed in range(40):
+    for seed in range(30):
         rows = {r["model"]: r for r in ranking.ranked(drawn(120, {"a": 0.9, "b": -0.9}, seed))}
         hit += rows["a"]["low"] <= true <= rows["a"]["high"]
-    assert 34 <= hit <= 40, hit
+    assert 25 <= hit <= 30, hit
 
 
 def test_intervals_resample_prompts() -> None:
@@ -299,7 +300,7 @@ def test_votes_are_read_as_data_and_trained_on(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [line for line in lines if "validation_accuracy" in line]
     assert told[-1]["validation_accuracy"] > 0.8 and told[-1]["validation_loss"] < 0.55 < np.log(2), told
-    assert "48" in (stage.parent / "rows" / "card.json").read_text(encoding="utf-8"), "no row was dropped"
+    assert read_json(stage.parent / "rows" / "card.json")["splits"] == {"train": 40, "validation": 8}, "no row is dropped"
 
 
 # Items

@@ -32,6 +32,15 @@ SAFE = {  # the page loads nothing but its own files, and nobody else's page may
 }  # fmt: skip
 
 
+class _Files(StaticFiles):
+    """The page's: asked for anew each time, or a browser would mix those of two versions."""
+
+    def file_response(self, *args: Any, **how: Any) -> Response:
+        response = super().file_response(*args, **how)
+        response.headers.update(SAFE)
+        return response
+
+
 def application(
     desk: Desk,
     *,
@@ -63,7 +72,7 @@ def application(
     )  # fmt: skip
     app.include_router(api.routes(desk))
     app.include_router(playground.routes(desk, votes, listed))
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", _Files(directory=PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

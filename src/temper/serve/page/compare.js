@@ -109,8 +109,11 @@ function figures(seen, begun, failed, text) {
   const found = [];
   if (seen.tokens !== null) found.push(el("span", {}, count(seen.tokens, "token")));
   if (seen.first !== null) found.push(el("span", {}, `first after ${((seen.first - begun) / 1000).toFixed(2)} s`));
-  if (seen.tokens > 1 && seen.last > seen.first)
-    found.push(el("span", {}, `${((1000 * (seen.tokens - 1)) / (seen.last - seen.first)).toFixed(1)} tokens/s`));
+  if (seen.tokens && seen.first !== null) {
+    const wrote = seen.last - seen.first; // of an answer that comes all at once this says nothing: then all that passed counts
+    const rate = wrote > 200 ? (1000 * (seen.tokens - 1)) / wrote : (1000 * seen.tokens) / (seen.last - begun);
+    found.push(el("span", {}, `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`));
+  }
   if (seen.reason === "length") found.push(el("span", { className: "tag" }, "cut at the limit"));
   if (failed?.name === "AbortError") found.push(el("span", { className: "tag" }, "stopped"));
   else if (failed) found.push(el("span", { className: "error", role: "alert" }, failed.message));

@@ -68,7 +68,7 @@ function scores(models) {
   if (groups.length > 1)
     out.push(el("p", { className: "note" }, "No chain of votes connects the models of one group with those of another, so scores of two groups cannot be compared. Votes on a couple across them would join them."));
   out.push(
-    el("p", { className: "soft" }, "Bradley–Terry scores on Elo's scale: 400 points are odds of 10 to 1, and the mean is 1000. Intervals (95 %) resample prompts, not single votes: what several people say of one prompt is not independent."),
+    el("p", { className: "soft" }, "Bradley–Terry scores on Elo's scale: 400 points are odds of 10 to 1, and the mean is 1000. Intervals (95\u00a0%) resample prompts, not single votes: what several people say of one prompt is not independent."),
   );
   return out;
 }
