@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +86,24 @@ def forks() -> Iterator[Workshop]:
 def served_models(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A folder with models and adapters to be served; see `serving.shop`."""
     return once("served-models", serving.shop)
+
+
+@pytest.fixture(scope="session")
+def there(served_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Server]:
+    """A server as a process of its own."""
+    at = served_models
+    votes = str(tmp_path_factory.mktemp("votes") / "votes.sqlite")
+    with serving.server(
+        str(at / "base"), f"m={at / 'base'}", str(at / "judge"), "--adapter", f"witty={at / 'adapters/witty'}",
+        "--adapters-from", str(at / "adapters"), "--votes", votes,
+    ) as made:  # fmt: skip
+        yield made
+
+
+@pytest.fixture(scope="session")
+def ai(there: serving.Server) -> Iterator[Any]:
+    """The openai package as a client of that server."""
+    import openai  # takes a second, and few tests need it
+
+    with openai.OpenAI(base_url=there.url, api_key="none", max_retries=0, timeout=60) as client:
+        yield client

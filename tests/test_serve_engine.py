@@ -4,6 +4,7 @@ or comes in the middle touches the others."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import random
@@ -18,7 +19,7 @@ import torch
 
 from serving import Here, here
 from temper import hub
-from temper.errors import ModelError, TemperError
+from temper.errors import TemperError
 from temper.models import adapters, load
 from temper.rollouts.decoding import Completion, Decoding
 from temper.rollouts.distribution import uniforms, warped
@@ -40,6 +41,7 @@ def at(served_models: Path) -> Iterator[Here]:
         yield made
 
 
+@functools.cache
 def plain(folder: Path, name: str, model: str = "base") -> tuple[Any, Any]:
     """The model and its adapter as transformers and PEFT load them, and the tokenizer."""
     own = () if name == model else (str(folder / "adapters" / name / "adapter"),)
@@ -48,10 +50,14 @@ def plain(folder: Path, name: str, model: str = "base") -> tuple[Any, Any]:
     return hf.eval(), load.tokenizer(source)
 
 
-def alone(folder: Path, name: str, work: Work, decoding: Decoding, n: int, seed: int, model: str = "base") -> list[Completion]:
+@functools.cache
+def sampler(folder: Path, name: str, model: str, ends: frozenset[int]) -> Sampler:
     hf, tokenizer = plain(folder, name, model)
-    ends = work.drafts[0].ends
-    return Sampler(hf, tokenizer, end_ids=ends).sample([work.ids], decoding, completions=n, seed=seed)[0]
+    return Sampler(hf, tokenizer, end_ids=ends)
+
+
+def alone(folder: Path, name: str, work: Work, decoding: Decoding, n: int, seed: int, model: str = "base") -> list[Completion]:
+    return sampler(folder, name, model, work.drafts[0].ends).sample([work.ids], decoding, completions=n, seed=seed)[0]
 
 
 async def asked(at: Here, chat: bool = False, **body: Any) -> tuple[Work, Any]:
@@ -162,32 +168,6 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(at: Here, served_mo
                     best = row.topk(4)
                     np.testing.assert_allclose([p for _, p in tops], best.values, atol=1e-5)
                     assert all(abs(p - float(row[i])) < 1e-5 for i, p in tops)
-
-
-@pytest.mark.parametrize(("model", "names"), [("t5", ("t5", "lines")), ("bloom", ("bloom",))])
-def test_models_that_generate_decodes(model: str, names: tuple[str, ...], served_models: Path) -> None:
-    with here(served_models, [model], names[1:], slots=4) as at:
-        assert not at.gallery[model].lane.native
-        bodies = [{**b, "prompt": " ".join(f"w{3 + (7 * k + i) % 80}" for i in range(3 + k % 5))} for k, b in enumerate(mixed(names, 10, longest=12))]
-        for body in bodies:
-            body.pop("stop", None)
-        works = at.run(lambda: asyncio.gather(*(asked(at, **body) for body in bodies)))
-        for body, (work, request) in zip(bodies, works, strict=True):
-            expected = alone(served_models, body["model"], work, work.drafts[0].decoding, len(work.drafts), request.seed, model)  # fmt: skip
-            assert [d.ids for d in work.drafts] == [e.ids for e in expected], body
-            for draft, one in zip(work.drafts, expected, strict=True):
-                np.testing.assert_allclose(draft.raw[: len(one.raw)], one.raw, atol=2e-5)
-
-
-def test_adapters_that_are_no_plain_lora_are_served_apart(served_models: Path) -> None:
-    with here(served_models, ["base"], ("dora", "scaled", "soft", "witty"), slots=4) as at:
-        lanes = {name: at.gallery[name].lane for name in at.gallery.served}
-        assert lanes["witty"] is lanes["base"] and len({id(lane) for lane in lanes.values()}) == 4
-        assert any("«dora» is decoded apart" in notice for notice in at.gallery.notices)
-        assert at.gallery["soft"].context == 400 - 5
-        bodies = mixed(("dora", "base", "scaled", "soft", "witty"), 15, longest=25)
-        for body, (work, request) in zip(bodies, at.run(lambda: asyncio.gather(*(asked(at, **b) for b in bodies))), strict=True):
-            check(served_models, body["model"], work, request)
 
 
 def test_adapters_come_and_go_while_others_are_written(at: Here, served_models: Path) -> None:
@@ -346,20 +326,3 @@ def test_a_prompt_is_scored_as_transformers_scores_it(name: str, at: Here, serve
             np.testing.assert_allclose(max(tops.values()), float(row.max()), atol=1e-5)
         assert "".join(scores["tokens"]) == choice["text"] == tokenizer.decode(own)
         assert all(choice["text"][o:].startswith(t) for o, t in zip(scores["text_offset"], scores["tokens"], strict=True))
-
-
-def test_what_cannot_be_served_is_said_at_the_start(served_models: Path) -> None:
-    with pytest.raises(ModelError, match="trained on another base"), here(served_models, ["base"], ("foreign",)):
-        pass
-
-
-@pytest.mark.parametrize("model", ["gpt2", "mixtral"])
-def test_lora_of_other_kinds_of_layers_in_one_batch(model: str, served_models: Path) -> None:
-    """GPT-2's layers hold their weights the other way round; a mixture's see the tokens of all rows as one list."""
-    name = f"on-{model}"
-    with here(served_models, [model], (name,), slots=4) as at:
-        lane = at.gallery[name].lane
-        assert lane.native and lane is at.gallery[model].lane, lane.reason
-        bodies = [{**b, "prompt": " ".join(f"w{3 + (7 * k + i) % 80}" for i in range(3 + k % 5))} for k, b in enumerate(mixed((model, name), 10, 40))]
-        for body, (work, request) in zip(bodies, at.run(lambda: asyncio.gather(*(asked(at, **b) for b in bodies))), strict=True):
-            check(served_models, body["model"], work, request, model)
