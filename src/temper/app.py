@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import temper.stages  # noqa: F401  fills the registry of stages
-from temper import pipeline, report
+from temper import launch, pipeline, report
 from temper import recipe as recipes
 from temper.job import Log
 from temper.pipeline import Choice
@@ -42,11 +42,18 @@ def execute(
     recipe: Recipe, folder: Path, *, choice: Choice | None = None, quiet: bool = False, command: Sequence[str] = ()
 ) -> Path:
     """Run and report; returns the folder. The report is written even when a stage failed, of what there is."""
+    world = launch.world(recipe)
+    if not world.main:
+        with contextlib.closing(world), launch.among(world), library_warnings_to(folder / "pipeline.log"):
+            pipeline.join(recipe, world)
+        return folder
     followers = Followers(recipe.trackers, folder, Log(folder / "pipeline.log", quiet=quiet))
     stopped = False
     with library_warnings_to(folder / "pipeline.log"):
         try:
-            pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command, begun=followers.start)
+            with launch.among(world):
+                pipeline.run(recipe, folder, choice=choice, quiet=quiet, command=command, begun=followers.start, world=world)
+                world.told(lambda: None)
         except BaseException as error:
             stopped = not isinstance(error, Exception)
             raise
@@ -57,6 +64,7 @@ def execute(
                         report.build([folder])
             finally:
                 followers.finish(stopped=stopped)
+                world.close()
     return folder
 
 

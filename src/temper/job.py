@@ -18,6 +18,7 @@ from temper import hub, terminal
 from temper import recipe as recipes
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json, write_json
+from temper.world import World
 
 
 class Log:
@@ -41,8 +42,12 @@ class Log:
 class Job:
     """What a stage is given: its folder, its inputs, the log, and where to note what it did."""
 
-    def __init__(self, recipe: Recipe, name: str, folder: Path, inputs: dict[str, Result], log: Log) -> None:
+    def __init__(
+        self, recipe: Recipe, name: str, folder: Path, inputs: dict[str, Result], log: Log, world: World | None = None
+    ) -> None:
         self.recipe, self.name, self.dir, self.inputs, self.log = recipe, name, folder, inputs, log
+        self.world = world or World()
+        self.kept = folder  # where checkpoints are; of other processes than the main one `dir` is a folder that is thrown away
         self.clock = folder / "clock.json"
         self.stage = recipe.stages[name]
         self.seed = recipes.seed_of(recipe, name)

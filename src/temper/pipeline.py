@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from temper.manifest import PeakMemory
 from temper.manifest import manifest as manifest_of
 from temper.recipe import Recipe, Stage
 from temper.runfolder import DISK_FULL, Result, RunFolder, read_json, size_of, write_atomic, write_json
+from temper.world import Left, World
 
 
 def settings(stage: Stage) -> dict[str, Any]:
@@ -108,16 +110,18 @@ def run(
     quiet: bool = False,
     command: Sequence[str] = (),
     begun: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> RunFolder:
     """Run the stages that have no result yet. Returns the run folder.
 
     Args:
         begun: called once the folder is this run's and holds its manifest.
+        world: the processes that train together; this is the main one.
 
     Raises:
         TemperError: whatever stopped it; all that was finished before stays, and the next start goes on from there.
     """
-    choice = choice or Choice()
+    choice, world = choice or Choice(), world or World()
     choice.check(recipe)
     target = RunFolder(folder)
     with disk_errors(folder), target.locked():
@@ -136,7 +140,7 @@ def run(
                 if entry["status"] == "skipped":
                     continue
                 try:
-                    _stage(recipe, entry, manifest, target, keys, done, choice, log)
+                    _stage(recipe, entry, manifest, target, keys, done, choice, log, world)
                 except BaseException as error:
                     entry["status"], entry["error"] = "failed", str(error) or type(error).__name__
                     raise
@@ -162,6 +166,7 @@ def _stage(
     done: dict[str, Result],
     choice: Choice,
     log: Log,
+    world: World,
 ) -> None:
     """Bring one stage to its result: found, or run."""
     name = entry["name"]
@@ -181,12 +186,16 @@ def _stage(
     with disk_errors(target.path):
         partial, unusable = target.begin(name, keys[name])
         write_json(target.path / "manifest.json", manifest)  # with the key of the work that has begun
-        job = Job(recipe, name, partial, inputs, log)
+        job = Job(recipe, name, partial, inputs, log, world if recipe.stages[name].together else None)
         log(f"── {name} ({job.stage.kind})", "bold")
         for told in (problem, unusable):
             if told:
                 job.warn(told)
         job.start_clock()
+        if job.world.size > 1:
+            found = {n: str(r.path.resolve()) for n, r in inputs.items()}
+            world.told(lambda: {"stage": name, "folder": str(partial.resolve()), "inputs": found, "keys": dict(keys)})
+            _agreed(world, keys[name])
         with PeakMemory() as memory:
             try:
                 job.stage.run(job)
@@ -216,6 +225,36 @@ def _stage(
         done[name] = target.commit(name, info)
     entry["status"] = "done"
     log(f"{name}: {info['seconds']:.1f} s")
+
+
+def join(recipe: Recipe, world: World) -> None:
+    """What another process than the main one does: its part of each stage that is told, until there are no more.
+
+    It writes into a folder that is thrown away, and reads checkpoints where the main one keeps them.
+
+    Raises:
+        TemperError: whatever went wrong here.
+    """
+    while (said := world.told(lambda: None)) is not None:
+        name, keys = said["stage"], said["keys"]
+        _agreed(world, key_of(recipe, name, keys))
+        inputs = {n: Result(n, Path(p), read_json(Path(p) / "stage.json")) for n, p in said["inputs"].items()}
+        with tempfile.TemporaryDirectory(prefix="temper-") as folder:
+            job = Job(recipe, name, Path(folder), inputs, Log(None, quiet=True), world)
+            job.kept = Path(said["folder"])
+            job.start_clock()
+            with contextlib.suppress(Left):
+                job.stage.run(job)
+
+
+def _agreed(world: World, key: str) -> None:
+    """Raises RunError where processes would not train the same thing on the same data."""
+    keys = world.gathered(key)
+    if others := [str(rank) for rank, other in enumerate(keys) if other != keys[0]]:
+        raise RunError(
+            f"process {', '.join(others)} reads another recipe, other data or another model than process 0",
+            do="give all machines the same files; a run folder must be one that all of them see",
+        )
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from temper.overlay import KeyPath
 from temper.registry import Registry
 from temper.trackers import Asked, Entry, asked
 from temper.validation import validated
+from temper.world import Launch
 
 if TYPE_CHECKING:
     from temper.job import Job
@@ -65,6 +66,7 @@ class Stage(Config, abc.ABC):
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
     trains_on: ClassVar[tuple[str, ...]] = ()  # splits of its data that a recipe may name; (): it does not train
     asks: ClassVar[tuple[str, ...]] = ()  # fields whose model may be an endpoint: only text is asked of it
+    together: ClassVar[bool] = False  # all processes of a launch take part in it
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names
 
     @abc.abstractmethod
@@ -130,6 +132,7 @@ class Recipe:
     folder: Path
     description: str = ""
     trackers: tuple[Asked, ...] = ()
+    launch: Launch = Launch()  # noqa: RUF009  frozen
 
     def dump(self) -> str:
         out = io.StringIO()
@@ -140,15 +143,14 @@ class Recipe:
 class Top(Config):
     """The keys at the top of a recipe."""
 
-    name: str = Field(
-        description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise."
-    )
+    name: str = Field(description="Name of the recipe; the run folder is runs/NAME-PROFILE unless --out says otherwise.")
     description: str = detail("", "One or two sentences on what the recipe does.")
     model: str | None = detail(None, "The base model («base» in stages): a hub id (id@revision), a folder, or a stage.")
     seed: int = detail(20, "Seed of everything random: splits, order, initial adapters, sampling.")
     device: str = detail("auto", "auto, cpu, cuda, cuda:1 or mps. Not part of any key.")
     threads: int | None = detail(None, "CPU threads of torch; results are bit-equal only at equal numbers of threads.")
     trust_remote_code: bool = detail(False, "Run Python code that comes with a model. Off unless you trust its author.")
+    launch: Launch = detail(Launch(), "Several processes: {processes: 2, parallel: ddp or fsdp}. Not part of any key.")
     trackers: list[Entry] = detail([], "Trackers that are shown the run: tensorboard, mlflow, wandb, clearml.")
     stages: dict[str, dict[str, Any]] = Field(description="The stages by name; each has «stage: KIND» and its fields.")
     profiles: dict[str, dict[str, Any]] = detail({}, "Named sets of overrides, merged over the recipe.")
@@ -166,9 +168,7 @@ def find(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in {".yaml", ".yml"}:
-        raise RecipeError(
-            f"there is no recipe file {name}", do="give a path to a YAML file, or a name from `temper recipes`"
-        )
+        raise RecipeError(f"there is no recipe file {name}", do="give a path to a YAML file, or a name from `temper recipes`")
     known = shipped()
     if name not in known:
         raise RecipeError(f"there is no recipe «{name}»", do=nearest(name, known))
@@ -295,7 +295,7 @@ def _built(raw: dict[str, Any], lines: dict[KeyPath, str], path: Path, profile: 
         stage = validated(kind, values, at, lines, also=("stage",), others=stages)
         for copy in range(getattr(stage, "seeds", 1)):
             built[f"{name}{REPLICA}{copy + 1}" if copy else name] = stage
-    kept = ("name", "model", "seed", "device", "threads", "trust_remote_code", "description")
+    kept = ("name", "model", "seed", "device", "threads", "trust_remote_code", "description", "launch")
     return Recipe(
         **{k: getattr(top, k) for k in kept},
         trackers=asked(top.trackers, lines, str(path)),

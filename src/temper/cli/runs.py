@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from temper import terminal
+from temper import stopping, terminal
 from temper.cli.base import Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app
 from temper.errors import RecipeError, RunError, nearest
 
@@ -44,11 +44,16 @@ def run(
     recipes.find(recipe)  # a misspelt name is told before seconds of imports
     with _stoppable() as work:
         from temper import app as runner
+        from temper import launch
         from temper.manifest import command_line
 
         loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
+        if launch.wanted(loaded):
+            raise typer.Exit(launch.start(loaded, sys.argv[1:]))
         work.append(runner.folder_of(loaded, out))
         runner.execute(loaded, work[0], choice=_choice(stages, skip, force), quiet=quiet, command=command_line())
+    if not _main():
+        return
     typer.echo(f"{work[0] / 'report' / 'index.html'}" if quiet else f"report: {work[0] / 'report' / 'index.html'}")
 
 
@@ -242,20 +247,28 @@ def _stoppable() -> Iterator[list[Path]]:
 
     def terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise _Terminated("stopped by SIGTERM")
+        if not stopping.ask():
+            raise _Terminated("stopped by SIGTERM")
 
     before = signal.signal(signal.SIGTERM, terminate)
     work: list[Path] = []
     try:
         yield work
     except KeyboardInterrupt:
-        terminal.tell(_stopped_at(work), head="stopped")
+        if _main():
+            terminal.tell(_stopped_at(work), head="stopped")
         raise typer.Exit(130) from None
-    except _Terminated:
-        terminal.tell(_stopped_at(work), head="stopped by SIGTERM")
+    except (_Terminated, stopping.Stopped):
+        if _main():
+            terminal.tell(_stopped_at(work), head="stopped by SIGTERM")
         raise typer.Exit(143) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _main() -> bool:
+    """Whether this is the process that tells, of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _stopped_at(work: list[Path]) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 from temper.engine.chains import sizes
 from temper.trees import Row, Tree, rows_of
 
+Pass = tuple[Row, bool]  # a micro-batch, and whether it counts: see `processes.Wrapped`
+
 
 class Source(Protocol):
     """Where the loop takes its rows from."""
@@ -26,6 +28,10 @@ class Source(Protocol):
 
     def rows(self, step: int) -> list[Row]:
         """The micro-batches of a step, counted from 0; asked for in the order of steps."""
+        ...
+
+    def prepared(self, passes: Sequence[Pass]) -> list[Pass]:
+        """This process's micro-batches of a step, with whatever columns a loss reads of the policy as it is now."""
         ...
 
     def ready(self, step: int) -> bool:
@@ -61,6 +67,9 @@ class Batches:
         n, began, every = len(self.trees), epochs * self.per_epoch, sizes(self.trees)
         left = [i % n for k in range(more) for i in self.chosen(began + k)]
         return int(epochs * every.sum() + every[left].sum())
+
+    def prepared(self, passes: Sequence[Pass]) -> list[Pass]:
+        return list(passes)
 
     def ready(self, step: int) -> bool:
         return True

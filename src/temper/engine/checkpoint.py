@@ -1,6 +1,7 @@
 """Checkpoints: enough to go on bit for bit, nothing pickled, checksummed, whole or not there.
 
 checkpoints/step-N/   trainable.safetensors  optimizer.safetensors  [follower.safetensors]  state.json  checksums.json
+                      (each KIND-2.safetensors, … where it is larger than 256 MiB)
 checkpoints/best-N/   trainable.safetensors  state.json  checksums.json
 """
 
@@ -8,14 +9,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from temper.engine.spread import full, spread
 from temper.runfolder import checksums, damage, read_json, sync_folder, write_json
+
+FILE = 1 << 28  # bytes of tensors in one file; larger ones have one to themselves
+
+
+class Follower(Protocol):
+    """What moves with the policy: it is told of every optimiser step, while the gradients are still there, and its tensors
+    are part of each checkpoint."""
+
+    def follow(self) -> None: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -28,25 +42,35 @@ def write(
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     follower: dict[str, torch.Tensor] | None = None,
+    *,
+    here: bool = True,
 ) -> None:
     """Write beside, then rename; an older checkpoint of the same name is replaced.
 
-    `follower`: tensors that move with the policy's and cannot be had from them.
+    Args:
+        follower: tensors that move with the policy's and cannot be had from them.
+        here: False in a process that only takes part in gathering tensors that are spread.
 
     Between the deletion of the older one and the rename, the new one stands beside, whole: `recover` names it.
     """
+    kinds: dict[str, Mapping[str, torch.Tensor]] = {"trainable": trainable(module)}
+    if optimizer is not None:
+        kinds["optimizer"] = _tensors(optimizer)
+    if follower:
+        kinds["follower"] = follower
+    if not here:
+        for tensors in kinds.values():
+            for _ in _parts(tensors, here):
+                pass
+        return
     beside = folder.with_name(f".{folder.name}.tmp")
     if beside.exists():
         shutil.rmtree(beside)
     beside.mkdir(parents=True)
     try:
-        save_file(
-            {n: p.detach().contiguous().cpu() for n, p in trainable(module).items()}, beside / "trainable.safetensors"
-        )
-        if optimizer is not None:
-            save_file(_tensors(optimizer), beside / "optimizer.safetensors")
-        if follower:
-            save_file({n: t.contiguous().cpu() for n, t in follower.items()}, beside / "follower.safetensors")
+        for kind, tensors in kinds.items():
+            for n, part in enumerate(_parts(tensors, here)):
+                save_file(part, beside / f"{kind}{f'-{n + 1}' if n else ''}.safetensors")
         write_json(beside / "state.json", state)
         write_json(beside / "checksums.json", checksums(beside))
     except BaseException:
@@ -74,26 +98,27 @@ def recover(root: Path, say: Callable[[str], Any]) -> None:
 
 def read_weights(folder: Path, module: torch.nn.Module) -> None:
     """Put a checkpoint's trainable tensors into a module that has the same ones."""
-    found = load_file(folder / "trainable.safetensors")
+    parameters = trainable(module)
     with torch.no_grad():
-        for name, parameter in trainable(module).items():
-            parameter.copy_(found[name])
+        for name, tensor in _read(folder, "trainable"):
+            parameters[name].copy_(spread(tensor, parameters[name]))
 
 
 def read_follower(folder: Path, follower: dict[str, torch.Tensor]) -> None:
     """Put a checkpoint's further tensors into those that are given."""
-    found = load_file(folder / "follower.safetensors") if follower else {}
     with torch.no_grad():
-        for name, tensor in follower.items():
-            tensor.copy_(found[name])
+        for name, tensor in _read(folder, "follower"):
+            follower[name].copy_(tensor)
 
 
 def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Put the moments of a checkpoint into an optimiser of the same groups."""
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in _read(folder, "optimizer"):
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        like = parameters[int(index)]
+        state.setdefault(int(index), {})[key] = spread(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -125,6 +150,11 @@ def retain(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def number(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.rsplit("-", 1)[1])
+
+
 def bests(root: Path) -> list[Path]:
     return sorted(root.glob("best-*")) if root.is_dir() else []
 
@@ -136,9 +166,35 @@ def forget_bests(root: Path, *, but: int) -> None:
             shutil.rmtree(folder)
 
 
+def _parts(tensors: Mapping[str, torch.Tensor], here: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole tensors, some at a time: those that are spread are gathered for one file, and elsewhere not kept at all."""
+    part: dict[str, torch.Tensor] = {}
+    held = 0
+    for name, tensor in tensors.items():
+        whole = full(tensor)
+        if not here:
+            continue
+        if part and held + whole.nbytes > FILE:
+            yield part
+            part, held = {}, 0
+        part[name] = whole.contiguous().cpu()
+        held += whole.nbytes
+    if here:
+        yield part
+
+
+def _read(folder: Path, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a kind, one after another."""
+    for file in [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]:
+        if file.is_file():
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  no mapping
+                    yield name, opened.get_tensor(name)
+
+
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{index}.{key}": value.detach().contiguous().cpu()
+        f"{index}.{key}": value
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
         if isinstance(value, torch.Tensor)

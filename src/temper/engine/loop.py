@@ -7,21 +7,26 @@ not depend on how a batch was cut. Every step is a function of (state, seed, ste
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from temper import stopping
 from temper.engine import checkpoint, examples, optim, tripwires, watching
 from temper.engine.batches import Batches, Source
 from temper.engine.device import autocast
 from temper.engine.lines import append, forget_after
+from temper.engine.processes import Wrapped
 from temper.engine.settings import Training, Validated
+from temper.engine.spread import full
 from temper.engine.validation import SCORED, TRAINED, Measured, Plan, measure, plan
+from temper.errors import RecipeError
 from temper.job import Job
 from temper.losses import Terms
 from temper.models import allocation
@@ -30,15 +35,6 @@ from temper.models.scores import Policy
 from temper.trees import Row
 
 Loss = Callable[..., Terms]  # (what the policy gives of a row [S], weights [S], the row's extra columns by name [S])
-
-
-class Follower(Protocol):
-    """What moves with the policy: it is told of every optimiser step, while the gradients are still there, and its tensors
-    are part of each checkpoint."""
-
-    def follow(self) -> None: ...
-
-    def tensors(self) -> dict[str, torch.Tensor]: ...
 
 
 class Loop:
@@ -61,17 +57,21 @@ class Loop:
         precision: str,
         validation: Sequence[Row] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
-        follower: Follower | None = None,
+        follower: checkpoint.Follower | None = None,
         pieces: examples.Pieces | None = None,
     ) -> None:
         self.job, self.policy, self.loss, self.batches, self.training = job, policy, loss, batches, training
+        self.world = job.world
+        self.wrapped = Wrapped(policy, job.world, training.row_tokens, training.micro_tokens)
         self.precision, self.sample, self.pieces = precision, sample, pieces
         self.device = policy.device
         self.steps = training.max_steps or max(1, round(training.epochs * batches.per_epoch))
         self.warmup = optim.warmup_steps(training.warmup, self.steps)
         self.rate = optim.rate_of(training.schedule, self.steps, self.warmup)
         self.allocation = allocation.of(policy.hf, self.steps)
-        self.followers: list[Follower] = [f for f in (follower, self.allocation) if f is not None]
+        if self.allocation is not None and self.world.parallel == "fsdp":
+            raise RecipeError("adalora moves ranks between layers, which FSDP2 has spread", where=job.name, do="launch: {parallel: ddp}, or method: lora")
+        self.followers: list[checkpoint.Follower] = [f for f in (follower, self.allocation) if f is not None]
         watched = training if isinstance(training, Validated) else None
         self.plan = self._plan(watched, validation)
         self.keep_best = watched is not None and watched.keep_best
@@ -81,7 +81,7 @@ class Loop:
             optim.groups(policy.named_parameters(), training.lr, training.weight_decay)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
-        self.root = job.dir / "checkpoints"
+        self.root = job.kept / "checkpoints"
         self.metrics, self.samples, self.hardest = (job.dir / f"{n}.jsonl" for n in ("metrics", "samples", "worst"))
         self.machine = watching.Machine(self.device)
         self.state: dict[str, Any] = {
@@ -128,10 +128,11 @@ class Loop:
 
         Raises:
             TrainingError: a loss or gradient that is no number, or a gradient of zero at the first step.
+            Stopped: it was asked for, and a checkpoint is written.
         """
         self._resume()
         saved_at, save_took = time.perf_counter(), 0.0
-        with self.job.progress(self.steps, "training", done=self.state["step"]) as bar:
+        with self.job.progress(self.steps, "training", done=self.state["step"]) as bar, stopping.minded():
             while self.state["step"] < self.steps and not self.state["stopped"]:
                 shown = self._step()
                 step = self.state["step"]
@@ -140,10 +141,14 @@ class Loop:
                     self._validate()
                 every = self.training.checkpoint_every
                 due = step % every == 0 if every else time.perf_counter() - saved_at > max(20.0, 20 * save_took)
-                if due or step == self.steps or self.state["stopped"]:
+                # clocks differ, and a signal may have reached one process alone
+                due, stop = map(bool, self.world.summed([due and self.world.main, stopping.asked()]))
+                if due or stop or step == self.steps or self.state["stopped"]:
                     began = time.perf_counter()
                     self._save()
                     saved_at, save_took = time.perf_counter(), time.perf_counter() - began
+                if stop and step < self.steps:
+                    raise stopping.Stopped(f"step {step} is saved")
         self._end()
 
     def _end(self) -> None:
@@ -174,6 +179,7 @@ class Loop:
         self.job.counts.update(
             steps=self.state["step"], tokens=self.state["tokens"], trained_tokens=self.state["trained_tokens"]
         )
+        self.wrapped.unwrap()
 
     def _step(self) -> dict[str, str]:
         """One optimiser step; returns what the progress bar shows of it."""
@@ -188,7 +194,7 @@ class Loop:
         tripwires.check_loss(loss, step + 1, [t.origin for r in rows for t in r.trees], str(self.root))
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.training.clip or float("inf")))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(trained, self.training.clip or float("inf"))))
         if self.precision != "fp16":  # with loss scaling an overflow skips the step and lowers the scale
             tripwires.check_gradient(norm, step + 1)
         self.scaler.step(self.optimizer)
@@ -223,16 +229,25 @@ class Loop:
         divisor = float(sum(r.weight.sum(dtype=torch.float64) for r in rows))
         self.policy.train()
         total, extras = 0.0, dict[str, float]()
-        for row in rows:
+        passes = self.batches.prepared(self.wrapped.passes(rows))
+        for n, (row, counts) in enumerate(passes):
             row = row.to(self.device)
-            with autocast(self.device, self.precision):
-                terms = self.loss(self.policy(row), row.weight, **row.extra)
-            part = (terms.values * terms.weights).sum() / divisor
-            with added_in_place():
-                self.scaler.scale(part).backward()
-            total += float(part.detach())
+            with self.wrapped.gathering(last=n == len(passes) - 1):
+                with autocast(self.device, self.precision):
+                    terms = self.loss(self.wrapped.module(row), row.weight, **row.extra)
+                part = (terms.values * terms.weights).sum() / divisor
+                if self.world.size > 1:  # gradients are averaged
+                    part = part * (self.world.size if counts else 0)
+                with added_in_place(self.world.size == 1):  # what exchanges gradients hears of them by hooks
+                    self.scaler.scale(part).backward()
+            share = 1 / self.world.size if counts else 0
+            total += float(part.detach()) * share
             for name, values in terms.extras.items():
-                extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor
+                extras[name] = extras.get(name, 0.0) + float((values * terms.weights).sum()) / divisor * bool(counts)
+        if self.world.size > 1:
+            names = sorted(extras)
+            total, *found = self.world.summed([total, *(extras[name] for name in names)])
+            extras = dict(zip(names, found, strict=True))
         if self.allocation is not None:  # no part of the loss that is told: it says nothing of the data
             penalty = self.allocation.penalty()
             self.scaler.scale(penalty).backward()
@@ -241,8 +256,11 @@ class Loop:
 
     def measured(self, rows: Sequence[Row]) -> Measured:
         """Losses of validation rows, dropout off."""
+        passes = self.wrapped.passes(rows)
         with autocast(self.device, self.precision):
-            return measure(self.policy, self.loss, rows, self.device, self.worst)
+            found = measure(self.policy, self.loss, [row for row, counts in passes if counts], self.device, self.worst)
+            measure(self.policy, self.loss, [row for row, counts in passes if not counts], self.device)
+        return functools.reduce(lambda a, b: a.with_(b, self.worst), self.world.gathered(found))
 
     def validation_loss(self) -> float:
         """Mean loss a trained token over the rows of every validation, dropout off."""
@@ -262,10 +280,9 @@ class Loop:
         if best:
             self.state.update(best=value, best_step=step, bad=0)
             if self.keep_best:
-                checkpoint.write(
-                    self.root / f"best-{step}", self.policy, None, {"step": step, "validation_loss": value}
-                )
-                checkpoint.forget_bests(self.root, but=step)
+                noted = {"step": step, "validation_loss": value}
+                checkpoint.write(self.root / f"best-{step}", self.policy, None, noted, here=self.world.main)
+                self.world.told(lambda: checkpoint.forget_bests(self.root, but=step))
         elif settled:
             self.state["bad"] += 1
             self.state["stopped"] = self.patience is not None and self.state["bad"] >= self.patience
@@ -282,15 +299,15 @@ class Loop:
         self.job.save_clock()  # before the checkpoint: a run that goes on from it must know what was warned of before
         state = {**self.state, "scaler": self.scaler.state_dict()}
         checkpoint.write(
-            self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state, self._following()
-        )
-        checkpoint.retain(self.root, self.training.keep_checkpoints)
+            self.root / f"step-{self.state['step']}", self.policy, self.optimizer, state, self._following(), here=self.world.main,
+        )  # fmt: skip
+        self.world.told(lambda: checkpoint.retain(self.root, self.training.keep_checkpoints))
 
     def _following(self) -> dict[str, torch.Tensor]:
         return {name: tensor for follower in self.followers for name, tensor in follower.tensors().items()}
 
     def _resume(self) -> None:
-        found = self._last_good()
+        found = self.world.told(self._last_good)
         if found is None:
             for file in (self.metrics, self.samples, self.hardest):
                 file.unlink(missing_ok=True)
@@ -321,7 +338,7 @@ class Loop:
             if not self.keep_best or state["best_step"] is None:
                 return found
             # a best later than this checkpoint will be met again: the same steps give the same weights
-            if any(_number(b) == state["best_step"] or _number(b) > state["step"] for b in whole):
+            if any(checkpoint.number(b) == state["best_step"] or checkpoint.number(b) > state["step"] for b in whole):
                 return found
             self.job.warn(
                 f"the best weights (step {state['best_step']}) are damaged or gone; going back before {folder.name}"
@@ -331,7 +348,3 @@ class Loop:
 
     def _log(self, line: dict[str, Any]) -> None:
         append(self.metrics, line)
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.rsplit("-", 1)[1])

@@ -24,15 +24,15 @@ _in_place = False  # whether the backward pass under way may add to `.grad` itse
 
 
 @contextlib.contextmanager
-def added_in_place() -> Iterator[None]:
-    """Within, backward passes add the gradients of weights to `.grad` as they are computed, where this module has them.
+def added_in_place(wanted: bool = True) -> Iterator[None]:
+    """Within, if `wanted`, backward passes add the gradients of weights to `.grad` as they are computed, where this module has them.
 
     torch makes each gradient apart and adds it: for every micro-batch a copy of the weights' size, written and read once
     more. Only for `.backward()` that ends in `.grad`: hooks on the weights are not called, so not while another process
     waits for them.
     """
     global _in_place
-    _in_place = True
+    _in_place = wanted
     try:
         yield
     finally:

@@ -45,6 +45,16 @@ class Sampler:
         with _evaluating(self.hf), torch.no_grad():
             return trusted(self.policy)
 
+    @contextlib.contextmanager
+    def reading(self, hf: Any) -> Iterator[None]:
+        """Within, another model of the same kind is sampled from: the same weights, gathered in one place."""
+        before = self.hf
+        self.hf = self.policy.hf = hf
+        try:
+            yield
+        finally:
+            self.hf = self.policy.hf = before
+
     @torch.no_grad()
     def sample(
         self,

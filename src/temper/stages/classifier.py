@@ -39,6 +39,7 @@ class TrainClassifier(Stage, Validated):
     kind = "classifier"
     version = 2
     gives = "classifier"
+    together = True
     trains_on = ("train",)
 
     model: ModelRef = detail(

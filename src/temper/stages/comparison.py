@@ -140,11 +140,16 @@ class Comparison:
 
     # What a step's rows get before the pass that trains
 
-    def prepared(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows with the reference's log-probabilities and, where couples depend on one another, values and slopes."""
+    def prepared(self, rows: Sequence[Row], counts: Sequence[bool] | None = None) -> list[Row]:
+        """Rows with the reference's log-probabilities and, where couples depend on one another, values and slopes.
+
+        Args:
+            counts: which of them are part of the step; the others keep step with other processes.
+        """
         self.seen.zero_()
         rows = [self.with_reference(row) for row in rows]
-        return self._with_slopes(rows) if self.objective.coupled and len(rows) > 1 else rows
+        several = len(rows) > 1 or self.job.world.size > 1
+        return self._with_slopes(rows, counts or [True] * len(rows)) if self.objective.coupled and several else rows
 
     def with_reference(self, row: Row) -> Row:
         """A row with the column `reference`, computed without dropout; one that has it stays as it is."""
@@ -152,22 +157,30 @@ class Comparison:
             return row
         return _with(row, reference=self._scored(self.reference, row))
 
-    def _with_slopes(self, rows: list[Row]) -> list[Row]:
-        device = self.policy.device
+    def _with_slopes(self, rows: list[Row], counts: Sequence[bool]) -> list[Row]:
+        device, world = self.policy.device, self.job.world
         parts = [
             compared(self._scored(self.policy, row), row.extra["answer"].to(device), _column(row, "reference", device))
             for row in rows
         ]
-        whole = [torch.cat([getattr(p, f.name) for p, _ in parts]) for f in dataclasses.fields(Compared)]
         labels = [_label(_column(row, "desirable", device), place) for row, (_, place) in zip(rows, parts, strict=True)]
+        taken = [(p, x) for (p, _), x, c in zip(parts, labels, counts, strict=True) if c]
+        every = [part for some in world.gathered(taken) for part in some] if world.size > 1 else taken
+        ahead = sum(world.gathered(sum(len(p.chosen) for p, _ in taken))[: world.rank])  # couples of the processes before
+        whole = [torch.cat([getattr(p, f.name) for p, _ in every]) for f in dataclasses.fields(Compared)]
         chosen, rejected = (t.detach().requires_grad_() for t in whole[:2])
         with torch.enable_grad():
-            given = [x for x in labels if x is not None]
+            given = [x for _, x in every if x is not None]
             values = self.objective.values(Compared(chosen, rejected, *whole[2:]), torch.cat(given) if given else None)
             slopes = torch.autograd.grad(values.sum(), (chosen, rejected), allow_unused=True)
         found = [values.detach(), *(torch.zeros_like(values) if g is None else g for g in slopes)]
-        sizes = [len(p.chosen) for p, _ in parts]
-        columns = zip(*(t.split(sizes) for t in found), strict=True)
+        found = [t[ahead:] for t in found]
+        # what does not count is given zeros
+        columns, at = [], 0
+        for (part, _), c in zip(parts, counts, strict=True):
+            size = len(part.chosen)
+            columns.append([t[at : at + size] if c else t.new_zeros(size) for t in found])
+            at += size * c
         out = []
         for row, (_, place), (value, first, second) in zip(rows, parts, columns, strict=True):
             side = row.extra["answer"].to(device) % 2
@@ -213,6 +226,8 @@ class Comparison:
 
     def follow(self) -> None:
         """Warn where both sides fall."""
+        if self.job.world.size > 1:
+            self.seen = torch.tensor(self.job.world.summed(self.seen.tolist()), dtype=torch.float64)
         if self.falling is None or self.objective.pairs is None or not self.seen[2:].all():
             return
         now = self.seen[:2] / self.seen[2:]

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import numpy as np
 import torch
 
 from temper import rewards
-from temper.engine.batches import chosen
+from temper.engine.batches import Pass, chosen
 from temper.engine.device import autocast
+from temper.engine.processes import Wrapped
 from temper.job import Job
 from temper.losses import divergence
 from temper.models.reference import Reference
@@ -54,7 +57,8 @@ class Experience:
         self.parts, self.toxicity, self.reference, self.precision = parts, toxicity, reference, precision
         self.scores: Callable[[Sequence[str]], np.ndarray] | None = None  # a reward model's, where there is one
         self.seed = plan.seed
-        self.folder = job.dir / "rollouts"
+        self.folder = job.kept / "rollouts"
+        self.wrapped: Wrapped | None = None  # where several processes train
         self.current: tuple[int, list[list[Tree]]] | None = None  # number of the rollout, trees of its batches
         self.watch = Watch(job, plan)
 
@@ -66,6 +70,9 @@ class Experience:
     @property
     def per_epoch(self) -> int:
         return -(-len(self.prompts) // self.plan.prompts) * self.plan.iterations
+
+    def prepared(self, passes: Sequence[Pass]) -> list[Pass]:
+        return list(passes)
 
     def ready(self, step: int) -> bool:
         number, within = divmod(step, self.cycle)
@@ -79,7 +86,7 @@ class Experience:
                 first = next((k for k, batch in enumerate(batches) if _teaches(batch)), 0)
                 batches.insert(0, batches.pop(first))
             self.current = (number, batches)
-            self._forget(number)
+            self.job.world.told(lambda: self._forget(number))
         return self.packed(self.current[1][within % self.plan.steps])
 
     def packed(self, trees: list[Tree]) -> list[Row]:
@@ -103,11 +110,11 @@ class Experience:
     # Making a rollout
 
     def _collect(self, number: int, *, first: bool) -> Rollout:
+        self.job.world.told(lambda: None)  # whatever the main process wrote or took away is done
         kept = self._read(number)
         rollout = kept if kept is not None else self._sample(number, self._chosen(number))
         if kept is None:
-            self.folder.mkdir(exist_ok=True)
-            write_atomic(self._file(number), packed(rollout))
+            self.job.world.told(lambda: self._write(number, rollout))
         if first:  # a run that goes on in the middle of a rollout has told of it before
             self.watch.log(number * self.cycle + 1, rollout, self.prompts)
             self.watch.check(number, rollout)
@@ -120,15 +127,7 @@ class Experience:
 
     def _sample(self, number: int, batches: list[list[int]]) -> Rollout:
         p, wanted = self.plan, [i for batch in batches for i in batch]
-        self.policy.eval()
-        with self.job.progress(len(wanted) * p.completions, f"rollout {number + 1}") as bar, self._autocast():
-            groups = self.sampler.sample(
-                [self.prompts[i].ids for i in wanted], p.decoding, completions=p.completions, seed=p.seed,
-                step=number + 1, numbers=self._numbers(wanted), progress=bar,
-            )  # fmt: skip
-        done = [c for group in groups for c in group]
-        texts = [text_of(c, self.sampler.tokenizer) for c in done]
-        total, each = self.rewarded(wanted, done, texts)
+        done, texts, total, each = self._written(number, wanted)
         rollout = Rollout(batches, done, texts, total, each, np.zeros(len(done)), {})
         rollout.columns = {"sampled": np.concatenate([c.logps for c in done]).astype(np.float32)}
         if self.reference is not None:
@@ -150,6 +149,43 @@ class Experience:
             rollout.columns.pop("old", None)  # the ratio is 1: the update's own pass gives the same numbers
         self._judge(number, rollout, spent)
         return rollout
+
+    def _written(
+        self, number: int, wanted: list[int]
+    ) -> tuple[list[Completion], list[str], np.ndarray, dict[str, np.ndarray]]:
+        """Completions of prompts and what they are worth. Each process answers a share of the prompts and rewards what it wrote;
+        the noise belongs to the prompt, so it is what one process would have written."""
+        p, world, numbers = self.plan, self.job.world, self._numbers(wanted)
+        mine = range(world.rank, len(wanted), world.size)
+        self.policy.eval()
+        told = f"rollout {number + 1}"
+        with self.job.progress(len(mine) * p.completions, told) as bar, self._autocast(), self._inference():
+            groups = self.sampler.sample(
+                [self.prompts[wanted[n]].ids for n in mine], p.decoding, completions=p.completions, seed=p.seed,
+                step=number + 1, numbers=[numbers[n] for n in mine], progress=bar,
+            )  # fmt: skip
+        done = [c for group in groups for c in group]
+        texts = [text_of(c, self.sampler.tokenizer) for c in done]
+        total, each = self.rewarded([wanted[n] for n in mine], done, texts) if mine else (np.zeros(0), {})
+        if world.size == 1:
+            return done, texts, total, each
+        parts = world.gathered((done, texts, total, each))
+        k = p.completions
+        place = [(n % world.size, n // world.size * k + j) for n in range(len(wanted)) for j in range(k)]
+        names = list(parts[0][3])
+        return (
+            [parts[r][0][i] for r, i in place], [parts[r][1][i] for r, i in place], np.array([parts[r][2][i] for r, i in place]),
+            {name: np.array([parts[r][3][name][i] for r, i in place]) for name in names},
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Within, the sampler has a model with all its weights in one place."""
+        if self.wrapped is None:
+            yield
+            return
+        with self.wrapped.inference() as hf, self.sampler.reading(hf):
+            yield
 
     def _judge(self, number: int, rollout: Rollout, spent: np.ndarray) -> None:
         """Advantages. `spent` [S]: what each token's KL takes from the reward."""
@@ -208,14 +244,17 @@ class Experience:
         some = dataclasses.replace(rollout, columns={})
         trees = [t for batch in self._trees(some, every=True, only=only) for t in batch]
         place = {id(t): k for k, t in enumerate(trees)}
-        out: list[np.ndarray] = [np.zeros(0)] * len(trees)
+        own: dict[int, np.ndarray] = {}
         self.policy.eval()
+        rows = rows_of(trees, self.policy.lane(self.plan.row_tokens), self.plan.micro_tokens)
         with torch.no_grad(), self._autocast():
-            for row in rows_of(trees, self.policy.lane(self.plan.row_tokens), self.plan.micro_tokens):
+            for row, counts in self.wrapped.passes(rows) if self.wrapped else [(row, True) for row in rows]:
                 found = model(row.to(self.policy.device)).float().cpu().numpy()
                 ends = np.cumsum([len(t.tgt) for t in row.trees])
-                for tree, part in zip(row.trees, np.split(found, ends[:-1]), strict=True):
-                    out[place[id(tree)]] = part
+                if counts:
+                    own |= {place[id(t)]: part for t, part in zip(row.trees, np.split(found, ends[:-1]), strict=True)}
+        every = functools.reduce(operator.or_, self.job.world.gathered(own))
+        out = [every[k] for k in range(len(trees))]
         whole = rollout.columns["sampled"].copy()
         passed = np.ones(len(rollout.done), bool) if only is None else only
         whole[np.repeat(passed, [len(scored(c)) for c in rollout.done])] = np.concatenate(out)
@@ -277,6 +316,10 @@ class Experience:
     def _file(self, number: int) -> Path:
         return self.folder / f"{number}.rollout"
 
+    def _write(self, number: int, rollout: Rollout) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_atomic(self._file(number), packed(rollout))
+
     def _read(self, number: int) -> Rollout | None:
         with contextlib.suppress(OSError):
             return unpacked(self._file(number).read_bytes(), self._chosen(number))
@@ -284,7 +327,7 @@ class Experience:
 
     def _forget(self, number: int) -> None:
         """Rollouts that no kept checkpoint is in the middle of."""
-        steps = [int(p.name.split("-")[1]) for p in (self.job.dir / "checkpoints").glob("step-*")]
+        steps = [int(p.name.split("-")[1]) for p in (self.job.kept / "checkpoints").glob("step-*")]
         oldest = min([*(s // self.cycle for s in steps), number])
         oldest -= self.plan.compares == "past"  # the next one's baseline stands in it
         for file in self.folder.glob("*.rollout"):

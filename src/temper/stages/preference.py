@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 
 from temper import hub
 from temper.data.chat import Encoder, show
-from temper.engine.batches import Batches
+from temper.engine.batches import Batches, Pass
 from temper.engine.examples import pieces_of
 from temper.engine.loop import Loop
 from temper.engine.settings import Validated
@@ -38,6 +38,8 @@ Read = dict[str, list[Couple]]  # by split
 @stages.register("preference")
 class Preference(TrainingStage, Validated):
     """Train on pairs of a chosen and a rejected answer, or on answers with a label (kto), held to a reference model."""
+
+    together = True
 
     kind = "preference"
 
@@ -138,7 +140,7 @@ class Preference(TrainingStage, Validated):
             follower=comparison, pieces=pieces_of(tokenizer),
         )  # fmt: skip
         job.counts["examples"] = len(trees["train"])
-        first = batches.first()
+        first = batches.rows(0)[0]
         if not objective.reference_free:
             self._check(job, loop, comparison.with_reference(first), anchored)
         lines += [f"written as: {encoder.description}", self._shared(policy, trees["train"])]
@@ -253,11 +255,8 @@ class Preference(TrainingStage, Validated):
 class Prepared(Batches):
     """Batches whose rows are given further columns before a step trains on them."""
 
-    prepare: Callable[[Sequence[Row]], list[Row]]
+    prepare: Callable[[Sequence[Row], Sequence[bool]], list[Row]]
 
-    def rows(self, step: int) -> list[Row]:
-        return self.prepare(super().rows(step))
-
-    def first(self) -> Row:
-        """The first micro-batch, as it is."""
-        return super().rows(0)[0]
+    def prepared(self, passes: Sequence[Pass]) -> list[Pass]:
+        rows, counts = [row for row, _ in passes], [counts for _, counts in passes]
+        return list(zip(self.prepare(rows, counts), counts, strict=True))

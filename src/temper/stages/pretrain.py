@@ -53,6 +53,7 @@ class Pretrain(Stage, Validated):
     kind = "pretrain"
     version = 2
     gives = "model"
+    together = True
     trains_on = ("train", "validation")
 
     data: DataRef = detail(..., "A data stage whose rows have a column «text».")

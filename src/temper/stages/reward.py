@@ -50,6 +50,7 @@ class TrainReward(Stage, Validated):
     kind = "reward"
     version = 3
     gives = "reward"
+    together = True
     trains_on = ("train",)
 
     model: ModelRef = detail(

@@ -106,6 +106,7 @@ class Trained:
 class Rl(TrainingStage):
     """Sample completions, reward them, and make the better ones of a prompt more likely."""
 
+    together = True
     kind = "rl"
 
     data: DataRef = detail(..., "A data stage whose prompts (its split train) are answered.")
@@ -228,6 +229,7 @@ class Rl(TrainingStage):
         policy, precision, reference = experience.policy, experience.precision, experience.reference
         follower = reference if rate is not None else None
         loop = Loop(job, policy, self._loss(precision), experience, self, precision, follower=follower)
+        experience.wrapped = loop.wrapped
         job.counts["examples"] = len(experience.prompts)
         seconds, rows = experience.trial()
         check_start(loop, rows, reference)

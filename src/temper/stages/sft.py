@@ -35,6 +35,8 @@ NO_LIMIT = 10**9  # tokens
 class Sft(TrainingStage, Validated):
     """Maximise the likelihood of the answers given their prompts; only answers are trained on."""
 
+    together = True
+
     kind = "sft"
     version = 2
 

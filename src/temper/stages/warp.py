@@ -45,6 +45,7 @@ class Warp(Rl):
     """Train policies apart from one start, merge them, go part of the way back, and begin again from there (WARP)."""
 
     kind = "warp"
+    together = False
 
     rounds: int = detail(3, "Rounds (I of the paper, which ran 5 and gained nothing after the third).", ge=1)
     policies: int = detail(2, "Policies trained apart in each round (M); max_steps and epochs are of each.", ge=1)
