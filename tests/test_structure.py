@@ -24,10 +24,10 @@ SOURCE = Path(temper.__file__).parent
 
 # Each may import what stands above it, and files of its own folder.
 ORDER = [
-    "errors", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder",
+    "errors", "types", "wording", "stopping", "world", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder",
     "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "advantages", "merging", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
-    "shapes", "predict", "plan", "report", "tracking", "app", "chat", "serve", "export", "fields", "doctor", "cli",
+    "shapes", "predict", "plan", "report", "tracking", "launch", "app", "chat", "serve", "export", "fields", "doctor", "cli", "__main__",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {
@@ -49,7 +49,7 @@ ONLY = {
     "trackers": {"errors", "overlay", "registry"},  # know no run folder
     "tracking": {"errors", "job", "overlay", "runfolder", "trackers"},  # reads run folders alone, as the report does
 }
-NO_TORCH = {"errors", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
+NO_TORCH = {"errors", "stopping", "world", "types", "wording", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder", "hub", "manifest", "job", "pipeline", "data",
             "advantages", "metrics", "rewards", "statistics", "report", "tracking", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.

@@ -111,7 +111,8 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        return bool(self.works)
+        # What was given up during a step leaves the works after it, and the decoder's slots in the next one.
+        return bool(self.works) or (self.native and self.decoder.busy)
 
     def put(self, work: Work) -> None:
         self.works.append(work)
