@@ -23,7 +23,7 @@ test: .venv/installed-dev
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=10
 
 check: .venv/installed-dev
-	$(QUIET) $(BIN)/pytest -m claims -s tests/test_claims.py
+	$(QUIET) $(BIN)/pytest -m claims -s
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(BENCH)

@@ -204,7 +204,7 @@ def test_twenty_kills_at_random(tmp_path: Path) -> None:
     for _ in range(20):
         one = Launched(tmp_path)
         try:
-            time.sleep(draw.uniform(0, 12))  # imports, the meeting, the data, training: whatever it is at
+            time.sleep(draw.uniform(3, 24))  # imports, the meeting, the data, training: whatever it is at
             ranks = psutil.Process(one.process.pid).children()
             if ranks:
                 one.ranks = ranks

@@ -31,6 +31,7 @@ from ruamel.yaml import YAML
 
 from hubbed import hub_served, pushed
 from served import Asked, serving
+from serving import Server
 from temper import recipe as recipes
 from temper.app import folder_of
 from temper.cli import app, main
@@ -38,7 +39,8 @@ from temper.data import mini
 from temper.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/recipes.md"]
+PAGES = [("README.md", "docs/serving.md"), ("docs/recipes.md",)]  # the second of a reader goes on where the first ends
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of processes that share two cores
 ENDPOINT = "http://127.0.0.1:8000/v1"
 NEEDS_HUB = {"hub.yaml"}  # loaded and checked, not run
 LONG = "detox-summarization"  # the quickstart's
@@ -81,10 +83,11 @@ def blocks(page: str) -> list[Block]:
 class Reader:
     """Does what a page says, in the current folder."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
         self.recipe = ""  # the page's recipe, under its overlays
         self.ran: set[str] = set()
+        self.server: Server | None = None  # the last one that was started, until the next
 
     def block(self, block: Block) -> None:
         if block.language in {"bash", "console"}:
@@ -96,9 +99,10 @@ class Reader:
         elif block.language == "python":
             if name := re.match(r"# (\w+\.py)\n", block.text):  # a module of the reader's own
                 Path(name[1]).write_text(block.text, encoding="utf-8")
-            exec(compile(block.text, block.where, "exec"), {"__name__": "page"})
+            text = block.text.replace("http://127.0.0.1:8080", self.server.address) if self.server else block.text
+            exec(compile(text, block.where, "exec"), {"__name__": "page"})
             for run in re.findall(r'out="([^"]+)"', block.text):
-                assert (Path(run) / "report" / "index.html").is_file(), self.capsys.readouterr().out
+                assert (Path(run) / "report" / "index.html").is_file(), self.capfd.readouterr().out
         else:
             pytest.fail(f"{block.where}: nobody knows how to exercise a block of «{block.language}»")
 
@@ -106,6 +110,9 @@ class Reader:
         match shlex.split(line, comments=True):
             case ["temper", *words]:
                 self.temper(words, where)
+            case ["torchrun", *words]:
+                torchrun = str(Path(sys.executable).parent / "torchrun")
+                subprocess.run([torchrun, *words], check=True, capture_output=True, env=os.environ | QUIET)
             case ["make", target]:
                 check_make(target)
             case ["pip", "install", *words] | ["uv", "pip", "install", *words]:
@@ -116,6 +123,8 @@ class Reader:
     def temper(self, words: list[str], where: str) -> str:
         if words[0] == "run" and words[1] in recipes.shipped():  # ask the hub, or take minutes with `mini`
             words = [*words[:2], "--profile", "smoke"]
+        if words[0] == "serve":
+            return self.serve(words)
         if words[0] == "push":
             with hub_served() as address:
                 shown = pushed(address, *words[1:])
@@ -127,7 +136,7 @@ class Reader:
             if words[0] == "chat":
                 stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO("Що нового?\n/help\n")))
             code = main(words)
-        out, err = self.capsys.readouterr()
+        out, err = self.capfd.readouterr()
         assert code == 0, f"{where}: temper {shlex.join(words)}\n{out}\n{err}"
         assert out.strip() and not (words[0] == "chat" and err), err
         if words[0] == "run":
@@ -140,6 +149,20 @@ class Reader:
         if words[0] == "new":
             assert recipes.load(f"{words[1]}.yaml", profile="mini").name == words[1]
         return out
+
+    def serve(self, words: list[str]) -> str:
+        """The server starts, on a free port, lists its models and gives its page; it stays until the next."""
+        self.close()
+        words = [*words[1:], "--port", "0"]  # the last --port is the one that counts
+        self.server = Server(*words)
+        models = [m["id"] for m in self.server.get("/v1/models").json()["data"]]
+        assert models and "<title>" in self.server.get("/").text
+        return ", ".join(models)
+
+    def close(self) -> None:
+        if self.server is not None:
+            assert self.server.stop() == 130  # Ctrl-C
+        self.server = None
 
     def yaml(self, block: Block) -> None:
         """A recipe is loaded with each of its profiles, an overlay is laid over it and run."""
@@ -241,11 +264,13 @@ def folder(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_all_that_a_page_shows(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reader = Reader(capsys)
-    for block in blocks(page):
-        reader.block(block)
+@pytest.mark.parametrize("pages", PAGES, ids=lambda pages: pages[0])
+def test_all_that_pages_show(pages: tuple[str, ...], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reader = Reader(capfd)
+    for page in pages:
+        with contextlib.closing(reader):
+            for block in blocks(page):
+                reader.block(block)
     own = {file.name for file in folder.glob("*.yaml") if "name" in read(file)} - {f"{LONG}.yaml"}
     assert own and own <= reader.ran, "a recipe that the page shows and never runs"
 
@@ -253,14 +278,14 @@ def test_all_that_a_page_shows(page: str, folder: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "text", ["bash\ncurl -O it", "bash\ntemper fly", "bash\npip install left-pad", "bash\nmake coffee", "toml\na = 1"]
 )
-def test_what_is_not_known_fails(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_known_fails(text: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     language, _, body = text.partition("\n")
     with pytest.raises((AssertionError, pytest.fail.Exception, subprocess.CalledProcessError)):
-        Reader(capsys).block(Block(language, body, "here"))
+        Reader(capfd).block(Block(language, body, "here"))
 
 
-def test_an_overlay_with_an_unknown_key_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reader = Reader(capsys)
+def test_an_overlay_with_an_unknown_key_fails(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reader = Reader(capfd)
     reader.block(next(b for b in blocks("README.md") if b.language == "yaml"))
     with pytest.raises(AssertionError, match="did you mean «lr»"):
         reader.block(Block("yaml", "# wrong.yaml\nstages:\n  sft: {lrr: 1}\n", "here"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from temper import terminal
 from temper.cli import runs, trained  # noqa: F401  (each adds its commands)
-from temper.cli.base import SEVERAL, app
+from temper.cli.base import SEVERAL, WORDS, app
 from temper.errors import TemperError
 
 __all__ = ["app", "main", "spread"]
@@ -20,6 +20,7 @@ __all__ = ["app", "main", "spread"]
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 1 for an error, 2 for a wrong flag, 130 and 143 when it was stopped."""
     words = list(sys.argv[1:] if words is None else words)
+    WORDS[:] = words
     debug = "--debug" in words
     if not debug:  # what matters in what libraries log is checked and said by Temper
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):

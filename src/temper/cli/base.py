@@ -9,6 +9,7 @@ import typer
 
 from temper import __version__
 
+WORDS: list[str] = []  # of the command that is run
 SEVERAL = {"--stages", "--skip", "--force", "--set", "--config", "--to"}  # options that take one value or several
 
 app = typer.Typer(

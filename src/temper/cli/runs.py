@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from temper import stopping, terminal
-from temper.cli.base import Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app
+from temper.cli.base import WORDS, Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app
 from temper.errors import RecipeError, RunError, nearest
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(
 
         loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
         if launch.wanted(loaded):
-            raise typer.Exit(launch.start(loaded, sys.argv[1:]))
+            raise typer.Exit(launch.start(loaded, WORDS))
         work.append(runner.folder_of(loaded, out))
         runner.execute(loaded, work[0], choice=_choice(stages, skip, force), quiet=quiet, command=command_line())
     if not _main():
