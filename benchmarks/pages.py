@@ -116,7 +116,7 @@ def main() -> None:
     made = [
         line
         for file in sorted(results.glob("*.json"))
-        if file.name != "growth.json"
+        if "workloads" in json.loads(file.read_text())
         for line in [*contests(json.loads(file.read_text())), ""]
     ]
     if growth:

@@ -244,6 +244,10 @@ def write_files(folder: Path) -> None:
         for row in news:
             turns = [{"role": "user", "content": row["title"]}, {"role": "assistant", "content": row["summary"]}]
             out.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    with open(folder / "votes.jsonl", "w", encoding="utf-8") as out:  # as the playground gives them
+        for row in news[:20]:
+            vote = {"prompt": row["title"], "chosen": row["summary"], "rejected": "…", "chosen_model": "sft", "rejected_model": "base", "who": "ann"}
+            out.write(json.dumps(vote, ensure_ascii=False) + "\n")
     with open(folder / "jokes.jsonl", "w", encoding="utf-8") as out:
         for joke in mini.load("ru-jokes", rows=120):
             out.write(json.dumps(joke, ensure_ascii=False) + "\n")
