@@ -62,7 +62,8 @@ def world(recipe: Recipe) -> World:
     if int(os.environ.get(INSIDE, "1")) < 2:
         return World()
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return processes.Processes("fsdp" if sharded else recipe.launch.parallel, recipe.launch.patience)
+    parallel = "fsdp" if sharded else recipe.launch.parallel
+    return processes.Processes(parallel, recipe.launch.patience, cards=recipe.device != "cpu")
 
 
 @contextlib.contextmanager

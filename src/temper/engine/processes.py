@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from temper.engine import device as devices
 from temper.engine.spread import full
+from temper.errors import RecipeError
 from temper.models import adapted, quantized
 from temper.models.scores import Policy
 from temper.trees import Row, Tree, rows_of
@@ -41,12 +42,22 @@ class Processes(World):
 
     Args:
         patience: seconds that processes wait for one another where all have the same to do.
+        cards: compute on graphics cards where there are any.
+
+    Raises:
+        RecipeError: more processes than cards.
     """
 
-    def __init__(self, parallel: Parallel, patience: float = 50.0) -> None:
-        cuda = torch.cuda.is_available()
+    def __init__(self, parallel: Parallel, patience: float = 50.0, *, cards: bool = True) -> None:
+        cuda = cards and torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            mine = int(os.environ.get("LOCAL_RANK", "0"))
+            if mine >= torch.cuda.device_count():
+                raise RecipeError(
+                    f"there are {torch.cuda.device_count()} graphics cards here, and process {mine} would need another",
+                    do="launch: {processes: …} at most as many, or device: cpu",
+                )
+            torch.cuda.set_device(mine)
         together = datetime.timedelta(seconds=patience)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=together)
         groups: list[Any] = [dist.new_group(backend="gloo", timeout=t) for t in (LONG, together)]
