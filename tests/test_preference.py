@@ -31,6 +31,7 @@ from temper.runfolder import read_json
 from temper.stages import anchor, couples
 from temper.stages.comparison import MEMORY, Comparison, Objective
 from temper.trees import Row, rows_of
+from temper.world import World
 from tiny_models import attach_warm, build
 
 ASK, ASSISTANT = {"role": "user", "content": "w5 w6"}, "assistant"
@@ -164,6 +165,7 @@ class Told:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.world = World()
 
     def warn(self, what: str) -> None:
         if what not in self.warnings:
@@ -269,7 +271,7 @@ def test_without_slopes_a_cut_step_would_be_another_step(monkeypatch: pytest.Mon
     some = couples.paired(records(pairs(7)), Encoder(words(), Format(separator=" w4 ")))
     made = comparison(policy, "aot", Policy(reference))
     right, gradient, _ = step(policy, made, some, 512, 4096)
-    monkeypatch.setattr(made, "_with_slopes", lambda rows: rows)
+    monkeypatch.setattr(made, "_with_slopes", lambda rows, counts: rows)
     wrong, other, _ = step(policy, made, some, 16, 64)
     size = max(g.abs().max().item() for g in gradient.values())
     assert (

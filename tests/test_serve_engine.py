@@ -72,7 +72,7 @@ async def asked(at: Here, chat: bool = False, **body: Any) -> tuple[Work, Any]:
 
 def tied(hf: Any, ids: tuple[int, ...], decoding: Decoding, noise: float, token: int) -> bool:
     """Whether rounding alone decides on this token: two are likeliest, the noise lies at a seam of its part, or the last of the
-    tokens that make up top_p does."""
+    tokens that top_k, top_p or min_p keep does."""
     with torch.no_grad():
         logits = hf(input_ids=torch.tensor([ids])).logits[:, -1].float()
     seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -80,6 +80,12 @@ def tied(hf: Any, ids: tuple[int, ...], decoding: Decoding, noise: float, token:
     if decoding.temperature == 0:
         two = warped(logits, decoding, seen)[0].topk(2).values
         return float(two[0] - two[1]) < 1e-4
+    every = warped(logits, decoding.model_copy(update={"top_k": None, "top_p": 1.0, "min_p": 0.0}), seen)[0].double()
+    best = every.sort(descending=True).values
+    if decoding.top_k is not None and decoding.top_k < len(best) and float(best[decoding.top_k - 1] - best[decoding.top_k]) < 1e-4:
+        return True
+    if decoding.min_p and float(((every - best[0]).exp() - decoding.min_p).abs().min()) < 1e-5:
+        return True
     whole = warped(logits, decoding.model_copy(update={"top_p": 1.0, "min_p": 0.0}), seen)[0].double().softmax(-1)
     sums = warped(logits, decoding, seen)[0].double().softmax(-1).cumsum(-1)
     edges = [abs(float(sums[t]) - noise) for t in (token, token - 1) if t >= 0]

@@ -114,7 +114,8 @@ class Job:
     def part(self, name: str, seed: int) -> Job:
         """A part of this stage's work: a folder, a seed, facts and counts of its own; clock and warnings are the stage's."""
         out = copy.copy(self)
-        out.dir, out.seed, out.facts, out.counts, out.summary = self.dir / name, seed, {}, {}, ""
+        out.dir, out.kept, out.seed = self.dir / name, self.kept / name, seed
+        out.facts, out.counts, out.summary = {}, {}, ""
         out.dir.mkdir(parents=True, exist_ok=True)
         return out
 

@@ -227,9 +227,9 @@ class Loop:
     def gradients(self, rows: Sequence[Row]) -> tuple[float, dict[str, float]]:
         """Add the gradients of one optimiser step's rows; returns its loss and the means of what the loss logs beside."""
         divisor = float(sum(r.weight.sum(dtype=torch.float64) for r in rows))
+        passes = self.batches.prepared(self.wrapped.passes(rows))  # passes without gradient, dropout off
         self.policy.train()
         total, extras = 0.0, dict[str, float]()
-        passes = self.batches.prepared(self.wrapped.passes(rows))
         for n, (row, counts) in enumerate(passes):
             row = row.to(self.device)
             with self.wrapped.gathering(last=n == len(passes) - 1):

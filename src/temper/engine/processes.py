@@ -162,6 +162,11 @@ class Wrapped:
         elif world.parallel == "ddp":
             self.module = DistributedDataParallel(policy)
 
+    @property
+    def spread(self) -> bool:
+        """Whether each process holds only a part of the weights."""
+        return self.skeleton is not None
+
     def passes(self, rows: Sequence[Row]) -> list[tuple[Row, bool]]:
         if self.world.size == 1:
             return [(row, True) for row in rows]

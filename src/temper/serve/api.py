@@ -27,7 +27,7 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return _card(desk.served(name))
+        return _card(desk.served(name)) if name else await models()
 
     @router.post("/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import threading
 import time
@@ -155,6 +156,8 @@ class Gallery:
             if known not in self._bases:
                 hf, notices = adapters.open_base(source, device=self.engine.device)
                 self.notices += notices
+                if any(known[:2] == other[:2] for other in self._bases):
+                    self.notices.append(f"«{name}» was trained on its base in {known[2] or 'full'}: that is held once more, so")
                 self._bases[known] = hf, self._lane(hf, base)
             hf, lane = self._bases[known]
         if source.adapters and lane is not None and lane.native:
@@ -216,8 +219,8 @@ class Gallery:
             raise ModelError("that is no path", do="give the folder of an adapter")
         if not self.folders:
             raise ModelError("this server loads no adapters", do="start it with --adapters-from FOLDER")
-        for root in self.folders:
-            folder = Path(os.path.realpath(root / path))
+        for root, given in itertools.product(self.folders, (path, Path.cwd() / path)):
+            folder = Path(os.path.realpath(root / given))
             if folder.is_relative_to(root):
                 folder = Path(os.path.realpath(folder / "adapter")) if (folder / "adapter").is_dir() else folder
                 files = [*folder.rglob("*")] if folder.is_dir() and folder.is_relative_to(root) else []

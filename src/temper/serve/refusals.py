@@ -69,6 +69,8 @@ def of_fields(errors: list[Any]) -> Refused:
         elif error["type"] == "json_invalid":
             said.append(f"the body is no JSON: {error.get('ctx', {}).get('error', '')}".rstrip(": "))
             params[-1] = None
+        elif not place and error["type"] in ("model_attributes_type", "dict_type"):
+            said.append("the body is no JSON object: send one, as Content-Type: application/json")
         elif error["type"] == "missing":
             said.append(f"«{'.'.join(place) or 'the body'}» is missing")
         else:

@@ -181,7 +181,7 @@ class Experience:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """Within, the sampler has a model with all its weights in one place."""
-        if self.wrapped is None:
+        if self.wrapped is None or not self.wrapped.spread:
             yield
             return
         with self.wrapped.inference() as hf, self.sampler.reading(hf):
