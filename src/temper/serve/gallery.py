@@ -157,7 +157,7 @@ class Gallery:
                 hf, notices = adapters.open_base(source, device=self.engine.device)
                 self.notices += notices
                 if any(known[:2] == other[:2] for other in self._bases):
-                    self.notices.append(f"«{name}» was trained on its base in {known[2] or 'full'}: that is held once more, so")
+                    self.notices.append(f"«{name}» has its base in {known[2] or 'full'}, which is held beside the other form of it")
                 self._bases[known] = hf, self._lane(hf, base)
             hf, lane = self._bases[known]
         if source.adapters and lane is not None and lane.native:
