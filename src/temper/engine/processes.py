@@ -104,7 +104,9 @@ class Processes(World):
                         heard[rank] = now, time.monotonic()
                     elif time.monotonic() - when > SILENCE and not self._over.is_set():
                         self._lost(rank)
-            except (RuntimeError, ValueError):  # the launcher is ending: so are we
+            except (RuntimeError, ValueError):  # the launcher is gone, and with it whoever would end this process
+                if not self._over.wait(SILENCE / 2):
+                    os._exit(1)
                 return
 
     def _lost(self, rank: int) -> None:
