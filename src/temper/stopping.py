@@ -15,7 +15,8 @@ class Stopped(Exception):
 
 def ask() -> bool:
     """Ask for an end; whether somebody will see to it. Else the one who asks has to."""
-    _wanted.set()
+    if _patient.is_set():
+        _wanted.set()
     return _patient.is_set()
 
 
@@ -31,3 +32,4 @@ def minded() -> Iterator[None]:
         yield
     finally:
         _patient.clear()
+        _wanted.clear()

@@ -217,7 +217,6 @@ class Wrapped:
         self.policy._forward_hooks.clear()
         self.policy.hf = model
 
-
     def _whole(self, model: Any, *, everywhere: bool) -> Any:
         """Fill an empty model with all the weights; on other processes than the main one only if it is wanted there."""
         here = everywhere or self.world.main

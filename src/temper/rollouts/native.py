@@ -118,7 +118,7 @@ class Decoder:
         self.model, self.switch, self.adapters, self.progress = model, switch, adapters, progress
         self.backbone, self.head = head_of(model)
         self.device = next(model.parameters()).device
-        self.slots, self.places, self.at_once = slots, places, at_once
+        self.slots, self.at_once = slots, at_once
         self.growing = memory is None
         self.memory = Memory(*SMALL) if memory is None else memory
         self.waiting: deque[_Prompt] = deque()
@@ -168,18 +168,18 @@ class Decoder:
     def _admit(self) -> None:
         """Fill free slots. Unless they are taken at once, new prompts wait until an eighth of the slots is free, so that
         several are read together; taken at once, one lot of them is read between two tokens of the others."""
+        read = False
         while True:
             while self.ready and len(self.rows) < self.slots:
                 self._seat(self.ready.popleft(), len(self.rows))
+            if read and self.at_once and self.rows:
+                return
             free = self.slots - len(self.rows)
             least = 1 if self.at_once or not self.rows else max(1, self.slots // 8)
             if not self.waiting or None not in self.living or free < least:
                 return
             self._prefill(self._next(free))
-            if self.at_once and self.rows:
-                while self.ready and len(self.rows) < self.slots:
-                    self._seat(self.ready.popleft(), len(self.rows))
-                return
+            read = True
 
     def _next(self, free: int) -> list[_Prompt]:
         """The prompts to be read together: from the first on, of one adapter, for which there is room."""

@@ -165,8 +165,9 @@ class Comparison:
         ]
         labels = [_label(_column(row, "desirable", device), place) for row, (_, place) in zip(rows, parts, strict=True)]
         taken = [(p, x) for (p, _), x, c in zip(parts, labels, counts, strict=True) if c]
-        every = [part for some in world.gathered(taken) for part in some] if world.size > 1 else taken
-        ahead = sum(world.gathered(sum(len(p.chosen) for p, _ in taken))[: world.rank])  # couples of the processes before
+        by_rank = world.gathered(taken)
+        every = [part for some in by_rank for part in some]
+        ahead = sum(len(p.chosen) for some in by_rank[: world.rank] for p, _ in some)  # couples of the processes before
         whole = [torch.cat([getattr(p, f.name) for p, _ in every]) for f in dataclasses.fields(Compared)]
         chosen, rejected = (t.detach().requires_grad_() for t in whole[:2])
         with torch.enable_grad():
