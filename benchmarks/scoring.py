@@ -38,9 +38,11 @@ class Temper:
         from transformers import AutoModelForCausalLM
 
         from temper.data.chat import Encoded
+        from temper.engine import device
         from temper.models.proof import prove
         from temper.models.scores import Policy
 
+        device.setup("cpu", torch.get_num_threads(), halves=precision == "bf16")  # as every stage does
         self.policy, self.how = Policy(loaded(AutoModelForCausalLM)), (precision, 10**6, micro_tokens)
         proof = prove(self.policy)
         assert proof["layout"] == "tree", proof
