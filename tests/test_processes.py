@@ -153,6 +153,15 @@ class Launched:
     def said(self) -> str:
         return self.log.read_text()
 
+    def left_alone(self) -> bool:
+        """Whether processes without a launcher are gone within a minute."""
+        for _ in range(600):
+            found = [p for p in psutil.process_iter(["cmdline"]) if str(self.out) in (p.info["cmdline"] or [])]
+            if not found:
+                return True
+            time.sleep(0.1)
+        return False
+
     def ended(self) -> int:
         """Its exit code, within a minute; nothing of it is left."""
         began = time.monotonic()
@@ -210,9 +219,10 @@ def test_twenty_kills_at_random(tmp_path: Path) -> None:
                 one.ranks = ranks
                 draw.choice(ranks).kill()
                 assert one.ended() == 1, one.said
-            else:
+            else:  # the launcher, which may be about to start them: they end by themselves
                 one.process.kill()
                 one.process.wait()
+                assert one.left_alone()
             assert "Traceback" not in one.said, one.said
             if found := re.search(r"goes on from step (\d+)", one.said):
                 assert int(found[1]) == reached
