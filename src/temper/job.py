@@ -16,9 +16,12 @@ from rich.text import Text
 
 from temper import hub, terminal
 from temper import recipe as recipes
+from temper.errors import RecipeError
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json, write_json
 from temper.world import World
+
+STREAM = "stream.json"  # beside a data stage's rows: what its split train is read from
 
 
 class Log:
@@ -88,9 +91,19 @@ class Job:
             yield step
 
     def rows(self, ref: str, split: str) -> Path | None:
-        """The parquet file of one split of a data stage (`STAGE` or `STAGE.SPLIT`); None where it has no rows."""
+        """The parquet file of one split of a data stage (`STAGE` or `STAGE.SPLIT`); None where it has no rows.
+
+        Raises:
+            RecipeError: the split is read as a stream.
+        """
         name, _, named = ref.partition(".")
-        path = self.inputs[name].path / "data" / f"{named or split}.parquet"
+        folder = self.inputs[name].path / "data"
+        if (named or split) == "train" and (folder / STREAM).is_file():
+            raise RecipeError(
+                f"«{name}» is a stream, whose rows are read while sft trains on them, and by nothing else",
+                where=self.name, do="a data stage without stream, and with take",
+            )  # fmt: skip
+        path = folder / f"{named or split}.parquet"
         return path if path.is_file() else None
 
     def model(self, ref: str) -> hub.Source:

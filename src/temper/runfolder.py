@@ -24,7 +24,7 @@ from temper.errors import RunError
 SHORT = 8  # hex digits of a key in a folder's name
 # What only an unfinished stage needs: gone once it has its name.
 SCRATCH = (
-    "checkpoints", "tokenizer", "answers", "rollouts", "policies", "starts", "whole", "front", "clock.json", "partial.json",
+    "checkpoints", "stream", "tokenizer", "answers", "rollouts", "policies", "starts", "whole", "front", "clock.json", "partial.json",
 )  # fmt: skip
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

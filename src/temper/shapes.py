@@ -28,7 +28,8 @@ from temper.models.methods import Adapter
 from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
-from temper.stages.data import TEMPLATES, Data
+from temper.stages import streaming
+from temper.stages.data import Data
 from temper.stages.pretrain import Pretrain, fresh
 from temper.types import Row
 
@@ -207,11 +208,13 @@ def rows_of_card(result: Result, count: Count | None = None) -> Rows:
     card = read_json(result.path / "card.json")
     name, lengths = next(iter(card["lengths"].items()))
     unit = next(iter(lengths.values()))["unit"]
-    if unit != "tokens":
-        rows = [record.row for record in read_rows(result.path / "data" / f"{name}.parquet")[:LOOKED_AT]]
+    file = result.path / "data" / f"{name}.parquet"
+    if unit != "tokens" and file.is_file():  # of a stream's train there is none
+        rows = [record.row for record in read_rows(file)[:LOOKED_AT]]
         tokens, answer, basis = _lengths(rows, count)
         return Rows(card["splits"], tokens, answer, f"{result.name}: {basis}")
-    medians = {column: found["median"] for column, found in lengths.items()}
+    one = 1.0 if unit == "tokens" else CHARACTERS_PER_TOKEN
+    medians = {column: found["median"] / one for column, found in lengths.items()}
     answer = medians.get("completion", medians.get("chosen", sum(medians.values())))
     return Rows(card["splits"], sum(medians.values()), answer, f"the rows of {result.name}")
 
@@ -225,6 +228,10 @@ def rows_of_source(stage: Data, recipe: Recipe, count: Count | None = None) -> R
     Raises:
         DataError, RecipeError: as reading the source would.
     """
+    if stage.stream is not None:
+        n, first = streaming.first_rows(stage, recipe.folder, LOOKED_AT)
+        tokens, answer, basis = _lengths([r.row for r in first], count)
+        return Rows(_splits(stage, n), tokens, answer, basis)
     made, most = stage.source.startswith(sources.MINI), (stage.best.rows if stage.best else None) or float("inf")
     if not made and sources.fingerprint(stage.source, recipe.folder, split=stage.split) is None:
         if stage.take is None:
@@ -236,7 +243,7 @@ def rows_of_source(stage: Data, recipe: Recipe, count: Count | None = None) -> R
         stage.source, split=stage.split, encoding=stage.encoding, base=recipe.folder, rows=look, seed=recipe.seed
     ).records
     n = (stage.take or mini.ROWS[stage.split]) if made else len(records)
-    templates = {name: value for name in TEMPLATES if (value := getattr(stage, name)) is not None}
+    templates = streaming.templates_of(stage)
     tokens, answer, basis = _lengths([r.row for r in apply(records[:LOOKED_AT], templates, keep=stage.keep)], count)
     return Rows(_splits(stage, min(n, most)), tokens, answer, basis)
 

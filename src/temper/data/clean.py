@@ -156,6 +156,12 @@ def clean(records: Sequence[Record], drop: Drop, *, length: Callable[[Row], int]
     return cleaned
 
 
+def judged(drop: Drop) -> Callable[[Record], str | None]:
+    """Why a row alone is dropped, None: it stays. Lengths are in characters; duplicates are not looked for."""
+    patterns = [re.compile(pattern) for pattern in drop.matches]
+    return lambda record: next(_reasons(record, drop, patterns, None), None)
+
+
 def in_order(cleaned: Cleaned, best: Best) -> Cleaned:
     """The rows that stay in the order of a mark, of equal marks as they came; those that are not among the best go too.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from temper.errors import DataError
@@ -33,6 +34,37 @@ def load(name: str, *, config: str | None, split: str | None, revision: str | No
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise explain(error, name, config=config, split=split) from error
     return data, builder.hash
+
+
+def parquet(name: str, *, config: str | None, split: str | None, revision: str | None) -> tuple[list[tuple[str, Any]], str | None]:  # fmt: skip
+    """The parquet files of one split, each with what opens it where it lies (nothing is downloaded before it is read), and
+    the commit.
+
+    Raises:
+        DataError: as `load`; the split is not kept as parquet.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfFileSystem
+
+    try:
+        builder = datasets.load_dataset_builder(name, name=config, revision=revision)
+        known: Any = builder.config.data_files or {}
+        if split is None:
+            split = "train" if "train" in known else next(iter(known)) if len(known) == 1 else None
+        if split is None or split not in known:
+            what = f"has no split «{split}»" if split else "has several splits"
+            raise DataError(f"«{name}» {what}: {', '.join(map(str, known))}", do="name one: split: …")
+        addresses = [str(address) for address in known[split]]
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+        raise explain(error, name, config=config, split=split) from error
+    if other := next((a for a in addresses if not a.endswith(".parquet")), None):
+        raise DataError(
+            f"a stream reads parquet, and «{name}» is kept otherwise", where=other,
+            do="take the hub's parquet conversion: revision: refs/convert/parquet; or take stream out",
+        )  # fmt: skip
+    files = HfFileSystem()
+    return [(a.rpartition("/")[2], functools.partial(files.open, a, "rb")) for a in addresses], builder.hash
 
 
 def explain(error: Exception, name: str, *, config: str | None = None, split: str | None = None) -> DataError:

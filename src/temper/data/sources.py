@@ -106,6 +106,15 @@ def fingerprint(source: str, base: Path, *, split: str | None = None) -> str | N
     return None if _find(source, base) is None else _content(_files(source, base, split))
 
 
+def files(source: str, base: Path, split: str | None) -> list[Path] | None:
+    """The data files of a local source; None for a hub data set.
+
+    Raises:
+        RecipeError, DataError: as for `read`.
+    """
+    return None if _find(source, base) is None else _files(source, base, split)
+
+
 def _mini_name(source: str) -> str:
     name = source.removeprefix(MINI)
     if name not in mini.NAMES:

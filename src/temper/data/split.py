@@ -45,7 +45,7 @@ def split(
         DataError: too few rows or different prompts; a row without the column `group`.
     """
     _check(validation, test)
-    hashes = np.fromiter((_number(_key(record, group), seed) for record in records), np.uint64, len(records))
+    hashes = np.fromiter((_number(unit(record, group), seed) for record in records), np.uint64, len(records))
     ordered, which, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
     asked = (test > 0) + (validation > 0)
     if len(ordered) <= asked:
@@ -97,7 +97,8 @@ def _take(ordered: np.ndarray, sizes: np.ndarray, size: float | int, *, spare: i
     return np.array(taken or [0], np.int64)
 
 
-def _key(record: Record, group: str | None) -> str:
+def unit(record: Record, group: str | None = None) -> str:
+    """What stays together: equal for rows of one prompt, without a prompt of one text, or of one value in a column."""
     row = record.row
     if group is not None:
         if group not in row:

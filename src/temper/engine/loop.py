@@ -25,6 +25,7 @@ from temper.engine.lines import append, forget_after
 from temper.engine.processes import Wrapped
 from temper.engine.settings import Training, Validated
 from temper.engine.spread import full
+from temper.engine.streaming import Streaming
 from temper.engine.validation import SCORED, TRAINED, Measured, Plan, measure, plan
 from temper.errors import RecipeError
 from temper.job import Job
@@ -100,7 +101,7 @@ class Loop:
 
     def _plan(self, watched: Validated | None, validation: Sequence[Row]) -> Plan:
         """When to look at which of the validation rows."""
-        if watched is None or not validation or not isinstance(self.batches, Batches):
+        if watched is None or not validation or not isinstance(self.batches, Batches | Streaming):
             return Plan(max(1, self.steps // 10), list(validation), [], 0.0)
         b = self.batches
         return plan(

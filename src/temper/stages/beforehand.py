@@ -12,6 +12,7 @@ from temper.engine import chains, optim
 from temper.engine import device as devices
 from temper.engine.batches import Batches
 from temper.engine.loop import Loop
+from temper.engine.streaming import Streaming
 from temper.job import Job
 from temper.models import adapters, load
 from temper.trees import Row, Tree
@@ -20,7 +21,7 @@ from temper.trees import Row, Tree
 def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree], shown: str) -> None:
     """Say what is about to happen to a set of examples: data, one example, what a step is, and what it will cost."""
     batches = loop.batches
-    assert isinstance(batches, Batches)
+    assert isinstance(batches, Batches | Streaming)
     sizes, of_these = chains.sizes(trees), chains.scored(trees)
     tokens = int(sizes.sum())
     if of_these == 0:
@@ -35,8 +36,9 @@ def summarise(job: Job, loop: Loop, lines: Sequence[str], trees: Sequence[Tree],
         )
     lane = loop.policy.lane(t.row_tokens)
     cut = f"in rows of {lane}" if lane == t.row_tokens else "of like length" if lane == 1 else "end to end"
-    step = f"{len(batches.chosen(0))} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens {cut}"
-    data = [*lines, f"tokens: {tokens:,} an epoch, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
+    step = f"{sum(len(r.trees) for r in first)} examples in {len(first)} micro-batches of up to {t.micro_tokens} tokens {cut}"
+    span = "an epoch" if isinstance(batches, Batches) else "in the first window"
+    data = [*lines, f"tokens: {tokens:,} {span}, {of_these:,} of them trained on ({of_these / max(1, tokens):.0%})"]
     row = max(first, key=lambda r: r.tokens)
     took, memory = probe(loop, [row])
     seconds = took / row.tokens * batches.tokens(loop.steps) / (1 - loop.plan.share)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import model_validator
 
 from temper.data import sources
 from temper.data.card import card, write_data
@@ -17,16 +18,17 @@ from temper.data.formats import applied, texts
 from temper.data.forms import Format
 from temper.data.split import leaks, split
 from temper.data.spool import Spool, joined
+from temper.data.stream import Stream, shards
 from temper.errors import DataError, nearest
 from temper.job import Job
 from temper.models import load
 from temper.recipe import ModelRef, Stage, detail, stages
 from temper.runfolder import write_json
+from temper.stages import streaming
 from temper.types import Record
 
 COUNTED = 20_000  # texts whose tokens are counted once
 FEW = 10  # rows of train below which hardly anything can be learnt
-TEMPLATES = ("prompt", "completion", "chosen", "rejected", "messages", "text", "label")
 
 
 @stages.register("data")
@@ -78,8 +80,27 @@ class Data(Stage):
     )
     group: str | None = detail(None, "Rows with the same value in this column stay in one split.")
     near_leaks: bool = detail(True, "Also look for test rows that nearly stand in train.")
+    stream: Stream | None = detail(
+        None,
+        "Of parquet files or a hub data set: read train as it is trained on (by sft), instead of a copy, for sets larger than "
+        "memory or disk. validation and test are then numbers of rows.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, value: Any) -> Any:
+        return streaming.usual(value)
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> Data:
+        if self.stream is not None:
+            streaming.check_stream(self)
+        return self
 
     def fingerprint(self, folder: Path) -> dict[str, Any]:
+        if self.stream is not None:
+            found, _ = shards(self.source, config=self.config, split=self.split, revision=self.revision, base=folder, columns=None)
+            return {"source": found.sha256}
         named = {"source": (self.source, self.split)}
         for name in ("validation", "test"):
             value = getattr(self, name)
@@ -88,6 +109,9 @@ class Data(Stage):
         return {k: sources.fingerprint(source, folder, split=part) for k, (source, part) in named.items()}
 
     def run(self, job: Job) -> None:
+        if self.stream is not None:
+            streaming.prepare(job, self)
+            return
         length, unit = self._length(job)
         source = self._read(job, self.source, self.split, self.take)
         by = self.best.by if self.best is not None else ""
@@ -196,7 +220,7 @@ class Data(Stage):
         )
 
     def _mapped(self, job: Job, records: Sequence[Record], more: Sequence[str] = ()) -> Sequence[Record]:
-        templates = {name: getattr(self, name) for name in TEMPLATES if getattr(self, name) is not None}
+        templates = streaming.templates_of(self)
         return Spool(applied(records, templates, keep=[*self.keep, *more] if templates else self.keep), job.dir)
 
     def _length(self, job: Job) -> tuple[Callable[[str], int], str]:

@@ -23,8 +23,8 @@ from temper.recipe import ClassifierRef, DataRef, ModelRef, Recipe, Stage, detai
 from temper.rollouts.decoding import Decoding
 from temper.runfolder import write_json
 from temper.stages.asking import Asking
-from temper.stages.data import TEMPLATES
 from temper.stages.judge import Judge
+from temper.stages.streaming import TEMPLATES
 from temper.stages.teacher import Local, Served, Teacher
 from temper.types import Record
 

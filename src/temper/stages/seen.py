@@ -18,8 +18,12 @@ TRAINED_ON = "trained_on.npy"
 
 def note_trained_on(job: Job, records: Sequence[Record]) -> None:
     """Hashes of the rows that a model has seen in training, its base's included: evaluation looks for its own there."""
+    note_marks(job, np.array([fingerprint(r) for r in records], dtype=np.uint64))
+
+
+def note_marks(job: Job, own: np.ndarray) -> None:
+    """As `note_trained_on`, of rows by their fingerprints, uint64 [N]."""
     before = [np.load(f) for r in job.inputs.values() if (f := r.path / TRAINED_ON).is_file()]
-    own = np.array([fingerprint(r) for r in records], dtype=np.uint64)
     np.save(job.dir / TRAINED_ON, np.unique(np.concatenate([own, *before])))
 
 

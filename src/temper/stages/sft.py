@@ -14,6 +14,7 @@ from temper.engine.chains import Chains
 from temper.engine.examples import pieces_of
 from temper.engine.loop import Loop
 from temper.engine.settings import Validated
+from temper.engine.streaming import Streaming
 from temper.errors import DataError, RecipeError
 from temper.job import Job
 from temper.losses import nll
@@ -24,6 +25,7 @@ from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
 from temper.stages.beforehand import summarise
 from temper.stages.seen import note_trained_on
+from temper.stages.streaming import Encoding, streams
 from temper.stages.training import TrainingStage, finish, open_policy, read_split, scorable
 from temper.trees import Tree, chain, rows_of
 from temper.types import Record
@@ -57,42 +59,53 @@ class Sft(TrainingStage, Validated):
     )
 
     def run(self, job: Job) -> None:
-        records, held = read_split(job, self.data, "train"), read_split(job, self.data, "validation", optional=True)
-        encoder = encoder_of(job, self.model, self.data, teach=self.adapter is None)
+        stream = Encoding(job, self.data, self._encoder(job), self) if streams(job, self.data) else None
+        records = [] if stream is not None else read_split(job, self.data, "train")
+        held = read_split(job, self.data, "validation", optional=True)
+        encoder = self._encoder(job)
         encoded, moved = in_chains(encoder, records)
         held_encoded = encoder.encode(held)
         warn_of_unknown(job, encoder)
-        longest = max([int(encoded.sizes.max()), *(len(e.ids) for e in held_encoded)])
+        longest = stream.longest() if stream is not None else int(encoded.sizes.max())
         policy, tokenizer, source, precision = open_policy(
-            job, self, longest, tokenizer=encoder.tokenizer, grow=encoder.tokens > 0
+            job, self, max([longest, *(len(e.ids) for e in held_encoded)]), tokenizer=encoder.tokenizer, grow=encoder.tokens > 0
         )
         if encoder.tokens:
             job.facts["special tokens added"] = ", ".join(encoder.form.speakers.values())
-        trees, note = self._fitted(encoded, policy)
         within = scorable(job, policy, [e.length for e in held_encoded])
         held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
-        note_trained_on(job, records)
-        if not is_text(records[0].row):
-            job.facts["written_as"] = encoder.description
         lane = policy.lane(self.row_tokens)
-        batches = Batches(trees, self.batch_size * self.accumulation, lane, self.micro_tokens, job.seed)
         validation = rows_of(held_trees, lane, self.micro_tokens)
         sampler, pieces = self._sampler(policy, encoder, held), pieces_of(tokenizer)
+        batches: Batches | Streaming
+        if stream is not None:
+            batches = stream.batches(job, lane, lambda chains: self._fitted(chains, policy)[0])
+            trees, first, line = batches.first(), stream.first_record(), stream.described(batches)
+        else:
+            (trees, note), first = self._fitted(encoded, policy), records[0]
+            line = f"rows: {len(records):,} in, {len(trees):,} trained on; {note}"
+            note_trained_on(job, records)
+            batches = Batches(trees, self.batch_size * self.accumulation, lane, self.micro_tokens, job.seed)
+        written = "the text and an end token" if is_text(first.row) else encoder.description
+        if not is_text(first.row):
+            job.facts["written_as"] = encoder.description
         loop = Loop(job, policy, nll, batches, self, precision, validation, sampler, pieces=pieces)
         job.counts["examples"] = len(trees)
-        lines = [
-            f"rows: {len(records):,} in, {len(trees):,} trained on; {note}; {len(held_trees):,} for validation",
-            f"written as: {'the text and an end token' if is_text(records[0].row) else encoder.description}",
-        ]
-        if moved:
+        lines = [f"{line}; {len(held_trees):,} for validation", f"written as: {written}"]
+        summarise(job, loop, lines, trees, show(tokenizer, encoder.encode([first])[0]))
+        if moved := moved or (stream.moved if stream is not None else 0):
             job.warn(
-                f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded)} rows; "
+                f"the tokenizer merges across the seam of prompt and answer in {moved} of {len(encoded) or len(trees)} rows; "
                 "there the trained part begins a token earlier"
             )
-        summarise(job, loop, lines, trees, show(tokenizer, encoder.encode(records[:1])[0]))
-        loop.run()
         probe = batches.rows(0)[0]
+        loop.run()
+        if stream is not None:
+            stream.tell(job)
         finish(job, policy, tokenizer, source, merge=self.merge, ends=encoder.end_ids, probe=probe)
+
+    def _encoder(self, job: Job) -> Encoder:
+        return encoder_of(job, self.model, self.data, teach=self.adapter is None)
 
     def _fitted(self, encoded: Chains, policy: Policy) -> tuple[Chains, str]:
         """The examples that are trained on, and a sentence on the others.
