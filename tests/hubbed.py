@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -72,3 +73,62 @@ def pushed(address: str, *words: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+class Sets(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP as reading the files of a data set asks for: its description, its tree, and parts of files."""
+
+    folder = Path()
+    parts: list[tuple[str, int]] = []  # noqa: RUF012  # what was read: file, bytes
+    commit = "a" * 40
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def _answer(self, body: Any, code: int = 200, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in {"Content_Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        files = sorted(p for p in self.folder.iterdir() if p.is_file())
+        if "/resolve/" in path:
+            self._part(self.folder / path.rpartition("/")[2])
+        elif path.endswith(f"/tree/{self.commit}"):
+            self._answer([{"type": "file", "oid": "0" * 40, "size": p.stat().st_size, "path": p.name} for p in files])
+        elif path.startswith("/api/datasets/me/sums") and "/tree/" not in path:
+            self._answer({"id": "me/sums", "sha": self.commit, "siblings": [{"rfilename": p.name} for p in files], "private": False, "gated": False, "tags": []})  # fmt: skip
+        else:
+            self._answer({"error": "none"}, 404, X_Error_Code="EntryNotFound")
+
+    def _part(self, file: Path) -> None:
+        if not file.is_file():
+            self._answer({"error": "none"}, 404, X_Error_Code="EntryNotFound")
+            return
+        data, asked = file.read_bytes(), self.headers.get("Range")
+        a, _, b = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+        part = data[int(a) : int(b) + 1 if b else None]
+        self.parts.append((file.name, len(part)))
+        more = {"Content_Range": f"bytes {a}-{int(a) + len(part) - 1}/{len(data)}"} if asked else {}
+        self._answer(part, 206 if asked else 200, ETag='"0"', X_Repo_Commit=self.commit, Accept_Ranges="bytes", **more)
+
+
+@contextlib.contextmanager
+def sets_served(folder: Path) -> Iterator[str]:
+    """The address of a hub whose data set me/sums is a folder's files."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Sets)
+    Sets.folder, Sets.parts = folder, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -108,6 +108,35 @@ def test_two_processes_train_what_one_does(alone: Path, parallel: str) -> None:
         assert any(bool((start[n] != mine[n]).any()) for n in whole) or not whole, f"{stage} has trained nothing"
 
 
+MINI = {  # the recipe's stages that train together, and what makes them comparable: SGD in float32, few steps
+    "detox-summarization": {"sft": ["max_steps=8", "lr=0.1"], "grpo": ["max_steps=3", "lr=0.3"]},
+    "preference": {"dpo": ["max_steps=6", "lr=0.1"]},
+}  # fmt: skip
+
+
+@pytest.mark.claims
+@pytest.mark.parametrize("recipe", list(MINI))
+def test_mini_recipes_train_alike_on_two_processes(tmp_path: Path, recipe: str) -> None:
+    """Their data, models, batches and rollouts; the base is pretrained for fewer steps."""
+    stages = MINI[recipe]
+    sets = ["tiny.max_steps=60", *(f"{name}.{more}" for name, own in stages.items() for more in (*own, "optimizer=sgd", "precision=float32"))]
+    for out, launch in (("one", []), ("ddp", ["launch={processes: 2, parallel: ddp}"]), ("fsdp", ["launch={processes: 2, parallel: fsdp}"])):
+        for name in stages:  # each from the very weights that one process started from
+            if out != "one":
+                subprocess.run(["cp", "-r", tmp_path / "one", tmp_path / f"{out}-{name}"], check=True)
+                subprocess.run(["rm", "-r", tmp_path / f"{out}-{name}" / name], check=True)
+            folder = tmp_path / ("one" if out == "one" else f"{out}-{name}")
+            said = run(recipe, "--profile", "mini", "--stages", name, "--out", str(folder), "--set", *sets, *launch, timeout=900)
+            assert "defect" not in said
+            one, two = lines(tmp_path / "one", name), lines(folder, name)
+            assert [a["loss"] for a in one if "loss" in a] == pytest.approx([b["loss"] for b in two if "loss" in b], rel=1e-4, abs=1e-6)
+            mine, theirs = weights(tmp_path / "one", name), weights(folder, name)
+            assert mine.keys() == theirs.keys()
+            far = {n: float((theirs[n] - x).norm() / x.norm().clamp(min=1e-9)) for n, x in mine.items()}
+            print(f"{recipe}, {name}, {out}: weights differ by at most {max(far.values()):.1e} of their norm")
+            assert max(far.values()) < FAR, max(far, key=lambda n: far[n])
+
+
 def test_trees_are_dealt_out_by_tokens() -> None:
     trees = [chain(list(range(n)), [1.0] * n, str(n)) for n in (50, 30, 30, 20, 20, 10)]
     hands = dealt(rows_of(trees, 64, 128), 2, 64, 128)

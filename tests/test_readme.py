@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from ruamel.yaml import YAML
 
@@ -251,6 +253,9 @@ def write_files(folder: Path) -> None:
     with open(folder / "jokes.jsonl", "w", encoding="utf-8") as out:
         for joke in mini.load("ru-jokes", rows=120):
             out.write(json.dumps(joke, ensure_ascii=False) + "\n")
+    (folder / "shards").mkdir()
+    asked = [{"question": row["title"], "answer": row["summary"]} for row in mini.load("uk-news", rows=90, seed=4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(asked), folder / "shards" / "0.parquet", row_group_size=40)
     with open(folder / "table.csv", "w", encoding="utf-8", newline="") as out:
         table = csv.writer(out)
         table.writerow(["question", "answer", "topic"])

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
+from hubbed import Sets, sets_served
 from staged_runs import ENVIRONMENT
 from temper import app
 from temper import recipe as recipes
@@ -165,8 +166,8 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "temper", "run", str(folder / "r.yaml"), "--out", str(folder / out), *more]
 
 
-def run(folder: Path, out: str, *more: str) -> str:
-    done = subprocess.run(command(folder, out, *more), env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=200)
+def run(folder: Path, out: str, *more: str, **environment: str) -> str:
+    done = subprocess.run(command(folder, out, *more), env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -225,6 +226,19 @@ def test_two_processes_take_the_same_steps(undisturbed: Path) -> None:
     assert all(float((two[n] - x).norm() / x.norm()) < 1e-6 for n, x in one.items())
     facts = [read_json(undisturbed / out / "sft" / "stage.json")["facts"]["rows of the stream"] for out in ("one", "two")]
     assert facts[0] == facts[1]
+
+
+def test_a_hub_data_set_is_read_where_it_lies(undisturbed: Path, folder: Path, tmp_path: Path) -> None:
+    """Over the hub's HTTP: the same weights as of local files, and nothing is downloaded whole."""
+    with sets_served(folder) as address:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        run(undisturbed, "hub", "--set", "qa.source=me/sums", **hub)
+        names = Counter(name for name, _ in Sets.parts)
+    one, two = weights(undisturbed / "one"), weights(undisturbed / "hub")
+    assert all(bool((two[n] == x).all()) for n, x in one.items())
+    assert set(names) == {f"part-{k}.parquet" for k in range(3)}
+    assert read_json(undisturbed / "hub" / "qa" / "card.json")["revision"] == Sets.commit
+    assert not [p for p in (tmp_path / "home").rglob("*.parquet")]
 
 
 def test_a_plan_looks_at_a_stream_without_reading_it(undisturbed: Path) -> None:

@@ -45,7 +45,7 @@ def parquet(name: str, *, config: str | None, split: str | None, revision: str |
     """
     import datasets
     from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfFileSystem
+    from fsspec.core import url_to_fs
 
     try:
         builder = datasets.load_dataset_builder(name, name=config, revision=revision)
@@ -63,8 +63,8 @@ def parquet(name: str, *, config: str | None, split: str | None, revision: str |
             f"a stream reads parquet, and «{name}» is kept otherwise", where=other,
             do="take the hub's parquet conversion: revision: refs/convert/parquet; or take stream out",
         )  # fmt: skip
-    files = HfFileSystem()
-    return [(a.rpartition("/")[2], functools.partial(files.open, a, "rb")) for a in addresses], builder.hash
+    places = [(address.rpartition("/")[2], url_to_fs(address)) for address in addresses]
+    return [(file, functools.partial(system.open, path, "rb")) for file, (system, path) in places], builder.hash
 
 
 def explain(error: Exception, name: str, *, config: str | None = None, split: str | None = None) -> DataError:

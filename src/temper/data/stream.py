@@ -70,16 +70,30 @@ class Shards:
     Args:
         sources: each file's name and what opens it.
         columns: names of those that are read; None: all.
+        noted: what `note` gave of the same files, so that none need be opened to see what is in it.
 
     Raises:
         DataError: a file is none of parquet, or lacks a column.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, Opener]], columns: Sequence[str] | None = None) -> None:
+    def __init__(self, sources: Sequence[tuple[str, Opener]], columns: Sequence[str] | None = None, noted: dict[str, Any] | None = None) -> None:  # fmt: skip
         self.sources, self.columns = sources, None if columns is None else list(columns)
         self.groups: list[Group] = []
+        self._at: tuple[Group, int, Iterator[Any]] | None = None  # where the last reading ended: group, place, what follows
+        if noted is None:
+            self._look()
+        else:
+            self.groups = [Group(*numbers) for numbers in noted["groups"]]
+            self.rows, self.sha256 = noted["rows"], noted["sha256"]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What is in the files, for JSON."""
+        return {"sha256": self.sha256, "rows": self.rows, "groups": [list(vars(g).values()) for g in self.groups]}
+
+    def _look(self) -> None:
         digest, first = hashlib.sha256(), 0
-        for k, (name, opened) in enumerate(sources):
+        for k, (name, opened) in enumerate(self.sources):
             with opened() as file:
                 digest.update(f"{name}\0{_size(file)}\0".encode() + _footer(file, name))
                 with _told(name):
@@ -92,7 +106,6 @@ class Shards:
                         self.groups.append(Group(k, index, first, within, rows))
                     first, within = first + rows, within + rows
         self.rows, self.sha256 = first, digest.hexdigest()
-        self._at: tuple[Group, int, Iterator[Any]] | None = None  # where the last reading ended: group, place, what follows
 
     def _check_columns(self, name: str, known: list[str]) -> None:
         lacking = [c for c in self.columns or () if c not in known]
@@ -172,12 +185,13 @@ def _footer(file: IO[bytes], name: str) -> bytes:
     return file.read(length)
 
 
-def shards(source: str, *, config: str | None, split: str | None, revision: str | None, base: Path, columns: Sequence[str] | None) -> tuple[Shards, str | None]:  # fmt: skip
+def shards(source: str, *, config: str | None, split: str | None, revision: str | None, base: Path, columns: Sequence[str] | None, noted: dict[str, Any] | None = None) -> tuple[Shards, str | None]:  # fmt: skip
     """The parquet files of a source, and the commit of a hub data set.
 
     Args:
         source, config, split, revision, base: as for `sources.read`.
         columns: see `Shards`.
+        noted: see `Shards`; of a hub data set at a commit. What local files hold is looked at anew.
 
     Raises:
         RecipeError: the source is not of parquet.
@@ -187,7 +201,8 @@ def shards(source: str, *, config: str | None, split: str | None, revision: str 
         raise RecipeError(f"«{source}» is made in memory: there is nothing to stream", do="take stream out")
     found = files(source, base, split)
     if found is None:
-        return _of_hub(source, config, split, revision, columns)
+        named, commit = hub.parquet(source, config=config, split=split, revision=revision)
+        return Shards(named, columns, noted), commit
     if other := next((path for path in found if kind_of(path) != "parquet" or path.suffix == ".gz"), None):
         raise RecipeError(
             f"a stream reads parquet, and {other.name} is none", do="take stream out, or write the rows as parquet"
@@ -200,11 +215,6 @@ def shards(source: str, *, config: str | None, split: str | None, revision: str 
 
 def _opener(path: Path) -> Opener:
     return lambda: path.open("rb")
-
-
-def _of_hub(source: str, config: str | None, split: str | None, revision: str | None, columns: Sequence[str] | None) -> tuple[Shards, str | None]:  # fmt: skip
-    named, commit = hub.parquet(source, config=config, split=split, revision=revision)
-    return Shards(named, columns), commit
 
 
 def columns_of(templates: dict[str, Any], keep: Sequence[str]) -> list[str] | None:

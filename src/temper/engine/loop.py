@@ -89,10 +89,7 @@ class Loop:
             "step": 0,
             "tokens": 0,
             "trained_tokens": 0,
-            "best": None,
-            "best_step": None,
-            "bad": 0,
-            "stopped": False,
+            "best": None, "best_step": None, "bad": 0, "stopped": False,
             "rates": [],
             "losses": [],  # of all validations
             "validated_tokens": 0,

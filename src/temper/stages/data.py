@@ -18,7 +18,7 @@ from temper.data.formats import applied, texts
 from temper.data.forms import Format
 from temper.data.split import leaks, split
 from temper.data.spool import Spool, joined
-from temper.data.stream import Stream, shards
+from temper.data.stream import Stream
 from temper.errors import DataError, nearest
 from temper.job import Job
 from temper.models import load
@@ -99,8 +99,7 @@ class Data(Stage):
 
     def fingerprint(self, folder: Path) -> dict[str, Any]:
         if self.stream is not None:
-            found, _ = shards(self.source, config=self.config, split=self.split, revision=self.revision, base=folder, columns=None)
-            return {"source": found.sha256}
+            return {"source": streaming.identity(self, folder)}
         named = {"source": (self.source, self.split)}
         for name in ("validation", "test"):
             value = getattr(self, name)

@@ -21,7 +21,7 @@ from temper.data.chat import Encoder
 from temper.data.clean import judged
 from temper.data.digests import digest
 from temper.data.formats import applied
-from temper.data.sources import Source
+from temper.data.sources import MINI, Source, files
 from temper.data.split import split, unit
 from temper.data.stream import Shards, Span, columns_of, shards
 from temper.engine.chains import Chains
@@ -68,12 +68,25 @@ def check_stream(stage: Any) -> None:
             raise RecipeError(f"of a stream {name} is a number of rows, and this is {value!r}", where=name, do=f"{name}: {HELD}")
 
 
-def open_shards(stage: Any, folder: Path) -> tuple[Shards, str | None]:
-    """The row groups of a data stage's source, and the commit; `folder` is the recipe's."""
+def open_shards(stage: Any, folder: Path, noted: dict[str, Any] | None = None) -> tuple[Shards, str | None]:
+    """The row groups of a data stage's source, and the commit.
+
+    Args:
+        folder: the recipe's.
+        noted: what the data stage left of a hub data set.
+    """
     columns = columns_of(templates_of(stage), stage.keep)
+    revision = stage.revision if noted is None else noted["revision"]
     return shards(
-        stage.source, config=stage.config, split=stage.split, revision=stage.revision, base=folder, columns=columns
+        stage.source, config=stage.config, split=stage.split, revision=revision, base=folder, columns=columns, noted=noted
     )  # fmt: skip
+
+
+def identity(stage: Any, folder: Path) -> str | None:
+    """What identifies the local files of a stream; None for a hub data set, whose revision does."""
+    if stage.source.startswith(MINI) or files(stage.source, folder, stage.split) is not None:
+        return open_shards(stage, folder)[0].sha256
+    return None
 
 
 def first_rows(stage: Any, folder: Path, n: int) -> tuple[int, list[Record]]:
@@ -102,7 +115,7 @@ def prepare(job: Job, stage: Any) -> None:
     held = sorted(numbers[r.where] for rows in parts.values() for r in rows)
     units = sorted({digest(unit(r)) for rows in parts.values() for r in rows})
     (job.dir / "data").mkdir(exist_ok=True)
-    noted = {"sha256": source.sha256, "rows": source.rows, "held": held, "units": units}
+    noted = {**source.note, "revision": commit, "held": held, "units": units}
     write_json(job.dir / "data" / STREAM, noted)
     shown = {"train": own["train"], **parts}
     described = card(Source(stage.source, [r for _, r in pool], source.sha256, commit), shown, [], None)
@@ -161,8 +174,8 @@ class Encoding:
         self.training = training
         self.stage: Any = job.recipe.stages[ref.partition(".")[0]]
         self.encoder, self.world, self.seed, self.window = encoder, job.world, job.seed, self.stage.stream.window
-        self.source, _ = open_shards(self.stage, job.recipe.folder)
         noted = read_json(job.inputs[ref.partition(".")[0]].path / "data" / STREAM)
+        self.source, _ = open_shards(self.stage, job.recipe.folder, noted if noted["revision"] else None)
         if noted["sha256"] != self.source.sha256:
             raise DataError(f"the files of «{self.stage.source}» have changed since «{ref}» looked at them", do="run it anew: --force it")
         self.held, self.units = set(noted["held"]), set(noted["units"])
