@@ -53,7 +53,7 @@ NO_TORCH = {"errors", "stopping", "world", "types", "wording", "registry", "addr
             "advantages", "metrics", "rewards", "statistics", "report", "tracking", "app", "fields", "doctor", "terminal", "cli"}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "datasets"}
 # Imported inside functions: packages that not everybody has or that take long, and not everybody needs.
-LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "rouge_score", "sacrebleu", "nltk", "optuna",
+LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "fsspec", "rouge_score", "sacrebleu", "nltk", "optuna",
         "tensorboard", "gguf", "mlflow", "wandb", "clearml"}  # fmt: skip
 # `temper --help` and `import temper` wait for nothing: these import inside functions what they like.
 QUICK = {

@@ -96,9 +96,15 @@ class Streaming:
             raise self._nothing()
         return chains
 
+    @property
+    def _dry(self) -> bool:
+        """Whether the last epoch gave no example at all."""
+        n = len(self._ends)
+        return n >= self.blocks and self._ends[-1] == (self._ends[-1 - self.blocks] if n > self.blocks else 0)
+
     def _example(self, i: int) -> Tree:
         while not self._ends or self._ends[-1] <= i:
-            if len(self._ends) >= self.blocks and self._ends[-1] == (self._ends[-1 - self.blocks] if len(self._ends) > self.blocks else 0):  # fmt: skip
+            if self._dry:
                 raise self._nothing()
             self._block(len(self._ends))
         number = bisect.bisect_right(self._ends, i)

@@ -269,6 +269,7 @@ class Encoding:
     def tell(self, job: Job) -> None:
         """After the last step: what was dropped, and what the model has seen."""
         assert self._batches is not None
+        self._pool.shutdown(wait=False, cancel_futures=True)
         gone = _counted(self._batches.gone) or "none dropped"
         job.facts["rows of the stream"] = gone
         job.say(f"of the rows that were read: {gone}")
