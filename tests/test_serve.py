@@ -24,7 +24,8 @@ from temper.data.chat import Encoder
 from temper.data.forms import Format
 from temper.models import adapters, load
 from temper.rollouts.decoding import Decoding
-from temper.rollouts.endpoint import Endpoint, _seed
+from temper.rollouts.endpoint import Endpoint
+from temper.rollouts.patience import seed_of
 from temper.rollouts.sampler import Sampler
 from temper.types import Record
 
@@ -197,7 +198,7 @@ def test_temper_itself_asks_it(there: Server, ai: openai.OpenAI, tmp_path: Path)
         found = Endpoint(Address(there.url, "witty")).answer(prompts, decoding, seed=5, step=2)
         for k, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
             how: dict[str, Any] = {
-                "model": "witty", "max_tokens": 30, "temperature": 0.8, "stop": ["zz"], "seed": _seed(5, k, 2),
+                "model": "witty", "max_tokens": 30, "temperature": 0.8, "stop": ["zz"], "seed": seed_of(5, k, 2),
                 "extra_body": {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 2},
             }  # fmt: skip
             if isinstance(prompt, str):
