@@ -289,7 +289,7 @@ class Handover:
         rollout.engine = np.array([found.gap, np.nan if found.lag is None else found.lag])
         if self.policy.temperature != 1:  # the server tells of the plain softmax alone
             own = score(self.policy)
-            rollout.columns["sampled"] = own
+            rollout.columns["sampled"] = own.copy()
         rollout.columns["old"] = own
 
     @torch.no_grad()
