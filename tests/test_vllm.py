@@ -17,7 +17,7 @@ import pytest
 
 import temper
 from preferred import model_at, pairs, text
-from proxied import Proxy, proxied
+from proxied import proxied
 from serving import Server, server
 from staged_runs import ENVIRONMENT, lines_of, weights
 from temper import hub
@@ -182,16 +182,16 @@ def test_another_base_is_told_before_anything_is_sampled(tmp_path: Path, words_m
         with pytest.raises(ModelError, match="no base model «word»") as error:
             run(tmp_path / "c", words_model, f"{made.url}#word")
         assert error.value.do == "did you mean «words»?"
-        with pytest.raises(ModelError, match="does not take the adapter .* this server loads no adapters") as error:
+        with pytest.raises(ModelError, match=r"does not take the adapter .* this server loads no adapters") as error:
             run(tmp_path / "d", words_model, f"{made.url}#words")
         assert "--max-lora-rank of 4 or more" in error.value.do and "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in error.value.do
 
 
 def test_a_context_that_is_too_short(engine: Server, words_model: Path, tmp_path: Path) -> None:
     cards = {"data": [{"id": "words", "max_model_len": 16}]}
-    with proxied(engine.address, lambda path, body: (200, json.dumps(cards))) as proxy:
-        with pytest.raises(ModelError, match="takes 16 tokens, and the longest prompt comes to 20") as error:
-            run(tmp_path, words_model, proxy.url)
+    said = "takes 16 tokens, and the longest prompt comes to 20"
+    with proxied(engine.address, lambda *_: (200, json.dumps(cards))) as proxy, pytest.raises(ModelError, match=said) as error:
+        run(tmp_path, words_model, proxy.url)
     assert "--max-model-len 20" in error.value.do
 
 
@@ -235,7 +235,6 @@ def test_a_completion_that_goes_on_behind_its_end_is_none() -> None:
 
 # Going on
 
-
 KILLED = """
 import sys, temper
 temper.run(sys.argv[1], out=sys.argv[2], quiet=True)
@@ -270,13 +269,16 @@ def test_a_run_that_is_killed_goes_on_and_takes_back_what_it_left(engine: Server
 
 
 def test_two_processes_take_the_same_samples(engine: Server, words_model: Path, tmp_path: Path) -> None:
-    alone = run(tmp_path / "one", words_model, engine.url)
-    file = recipe(tmp_path / "two", words_model, engine.url)
-    command = [sys.executable, "-m", "temper", "run", str(file), "--out", str(tmp_path / "two/run"), "--set", "launch.processes=2"]
+    """Also where the weights are spread over them, and put together for each hand-over."""
+    alone = run(tmp_path / "one", words_model, engine.url, max_steps=2)
+    file = recipe(tmp_path / "two", words_model, engine.url, max_steps=2)
+    launched = ["--set", "launch.processes=2", "--set", "launch.parallel=fsdp"]
+    command = [sys.executable, "-m", "temper", "run", str(file), "--out", str(tmp_path / "two/run"), *launched]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     for one, two in zip(rollouts_of(alone), rollouts_of(tmp_path / "two/run/grpo"), strict=True):
         assert two["reward"] == pytest.approx(one["reward"]) and two["entropy"] == pytest.approx(one["entropy"], abs=1e-4)
+        assert two["engine_gap"] < 1e-5
     assert names(engine) == ["words"]
 
 
