@@ -223,6 +223,18 @@ def test_answers_that_are_not_what_was_asked_for(
         run(tmp_path, words_model, proxy.url)
 
 
+def test_a_server_that_was_started_anew_has_forgotten_the_adapter(engine: Server, words_model: Path, tmp_path: Path) -> None:
+    def anew(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/v1/completions" and body["model"].endswith("-3"):
+            engine.post("/v1/unload_lora_adapter", {"lora_name": body["model"]})
+        return body
+
+    with proxied(engine.address, anew) as proxy, pytest.raises(ModelError, match="the engine does not know «temper-grpo-") as error:
+        run(tmp_path, words_model, proxy.url)
+    assert "the same command goes on from here" in error.value.do
+    assert [x["step"] for x in rollouts_of(run(tmp_path, words_model, engine.url))] == [1, 2, 3, 4] and names(engine) == ["words"]
+
+
 def test_a_completion_that_goes_on_behind_its_end_is_none() -> None:
     asked, ends = Decoding(max_new_tokens=3, temperature=1.0), frozenset({2})
     whole = replayed([5, 2], [-1.0, -0.5], asked, ends)
