@@ -41,7 +41,6 @@ from temper.losses import policy_losses, summed
 from temper.models.scores import Policy
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
-from temper.stages.rollout import scored
 from temper.trees import Row, group, join
 
 SIZES = (2, 4, 10)
@@ -122,7 +121,7 @@ def measured(policy: Policy, prompt: list[int], exact: Exact, k: int, samples: i
     sampler = Sampler(policy.hf, NoTokenizer(), end_ids=[END], slots=512)
     asked = Decoding(max_new_tokens=LONGEST, temperature=1.0)
     [done] = sampler.sample([prompt], asked, completions=samples // k * k, seed=seed, step=k)
-    ids = [tuple(scored(c)) for c in done]
+    ids = [tuple(c.scored) for c in done]
     of = np.array([exact.place[i] for i in ids]).reshape(-1, k)
     rewards = exact.rewards[of]
     advantage = leave_one_out(rewards).advantage(rewards)

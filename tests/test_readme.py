@@ -105,6 +105,8 @@ class Reader:
             exec(compile(text, block.where, "exec"), {"__name__": "page"})
             for run in re.findall(r'out="([^"]+)"', block.text):
                 assert (Path(run) / "report" / "index.html").is_file(), self.capfd.readouterr().out
+        elif block.language == "text":  # commands of other programs, shown and not run
+            assert not re.search(r"^(\$ )?(temper|torchrun|make|pip|uv)\b", block.text, re.M), f"{block.where}: this could be run"
         else:
             pytest.fail(f"{block.where}: nobody knows how to exercise a block of «{block.language}»")
 
@@ -285,7 +287,7 @@ def test_all_that_pages_show(pages: tuple[str, ...], folder: Path, capfd: pytest
 
 
 @pytest.mark.parametrize(
-    "text", ["bash\ncurl -O it", "bash\ntemper fly", "bash\npip install left-pad", "bash\nmake coffee", "toml\na = 1"]
+    "text", ["bash\ncurl -O it", "bash\ntemper fly", "bash\npip install left-pad", "bash\nmake coffee", "toml\na = 1", "text\ntemper list"]
 )
 def test_what_is_not_known_fails(text: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     language, _, body = text.partition("\n")

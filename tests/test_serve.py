@@ -24,7 +24,8 @@ from temper.data.chat import Encoder
 from temper.data.forms import Format
 from temper.models import adapters, load
 from temper.rollouts.decoding import Decoding
-from temper.rollouts.endpoint import Endpoint, _seed
+from temper.rollouts.endpoint import Endpoint
+from temper.rollouts.patience import seed_of
 from temper.rollouts.sampler import Sampler
 from temper.types import Record
 
@@ -142,6 +143,35 @@ def test_the_end_token_of_a_text_has_its_log_probability(ai: openai.OpenAI) -> N
     assert any(c.text == "" and c.finish_reason == "stop" for c in found.choices)
 
 
+def test_token_ids_as_vllm_gives_them(ai: openai.OpenAI, there: Server, served_models: Path) -> None:
+    """They come back with their end token, and end where they are told to, not where the model would have it."""
+    source = hub.Source(str(served_models / "base"))
+    hf, tokenizer = load.model(source)[0], load.tokenizer(source)
+    ids, own = tokenizer("Hello")["input_ids"], load.end_ids(hf)
+    body: dict[str, Any] = {"model": "base", "prompt": ids, "n": 3, "seed": 4, "max_tokens": 40, "logprobs": 0, "return_token_ids": True}
+    seen = set()
+    (free,) = Sampler(hf, tokenizer, end_ids=[]).sample([ids], Decoding(max_new_tokens=40, temperature=1.0), completions=3, seed=4)
+    early, late = free[1].ids[5], free[2].ids[20]
+    for ends, how in [
+        (own, {}), ({*own, early}, {"stop_token_ids": [early]}), ({late}, {"stop_token_ids": [late], "ignore_eos": True}), (set(), {"ignore_eos": True}),
+    ]:  # fmt: skip
+        (expected,) = Sampler(hf, tokenizer, end_ids=ends).sample([ids], Decoding(max_new_tokens=40, temperature=1.0), completions=3, seed=4)
+        choices = there.post("/v1/completions", {**body, **how}).json()["choices"]
+        assert [c["token_ids"] for c in choices] == [c.scored for c in expected] and all(c["prompt_token_ids"] == ids for c in choices)
+        assert [c["finish_reason"] for c in choices] == ["stop" if c.ended else "length" for c in expected]
+        assert all(len(c["logprobs"]["token_logprobs"]) == len(c["token_ids"]) for c in choices)
+        seen.add(tuple(len(c.scored) for c in expected))
+    assert len(seen) == 4, "each of these ends is heard"
+    without = there.post("/v1/completions", {**body, "return_token_ids": False}).json()["choices"][0]
+    assert "token_ids" not in without and "prompt_token_ids" not in without
+    echoed = there.post("/v1/completions", {**body, "echo": True, "max_tokens": 0}).json()["choices"][0]
+    assert (echoed["prompt_token_ids"], echoed["token_ids"]) == (ids, [])
+    refused = there.post("/v1/completions", {**body, "stream": True})
+    assert refused.status_code == 400 and "«return_token_ids» cannot be streamed" in refused.json()["error"]["message"]
+    refused = there.post("/v1/chat/completions", {"model": "base", "messages": HELLO, "return_token_ids": True})
+    assert refused.status_code == 400 and "«return_token_ids» is not supported" in refused.json()["error"]["message"]
+
+
 def test_models_are_listed(ai: openai.OpenAI, there: Server) -> None:
     cards = {m.id: m for m in ai.models.list()}
     assert list(cards) == ["base", "m", "judge", "witty"]
@@ -197,7 +227,7 @@ def test_temper_itself_asks_it(there: Server, ai: openai.OpenAI, tmp_path: Path)
         found = Endpoint(Address(there.url, "witty")).answer(prompts, decoding, seed=5, step=2)
         for k, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
             how: dict[str, Any] = {
-                "model": "witty", "max_tokens": 30, "temperature": 0.8, "stop": ["zz"], "seed": _seed(5, k, 2),
+                "model": "witty", "max_tokens": 30, "temperature": 0.8, "stop": ["zz"], "seed": seed_of(5, k, 2),
                 "extra_body": {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 2},
             }  # fmt: skip
             if isinstance(prompt, str):

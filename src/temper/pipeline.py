@@ -24,17 +24,22 @@ from temper.errors import RecipeError, RunError, TemperError, nearest
 from temper.job import Job, Log
 from temper.manifest import PeakMemory
 from temper.manifest import manifest as manifest_of
-from temper.recipe import Recipe, Stage
+from temper.recipe import Config, Recipe, Stage
 from temper.runfolder import DISK_FULL, Result, RunFolder, read_json, size_of, write_atomic, write_json
 from temper.world import Left, World
 
 
 def settings(stage: Stage) -> dict[str, Any]:
     """The fields that decide a stage's result."""
+    return _deciding(stage, stage.model_dump(mode="json"))
+
+
+def _deciding(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a mapping within a field too."""
     return {
-        field: value
-        for field, value in stage.model_dump(mode="json").items()
-        if (type(stage).model_fields[field].json_schema_extra or {}).get("affects_result", True)  # type: ignore[union-attr]
+        field: _deciding(inner, value) if isinstance(inner := getattr(config, field), Config) else value
+        for field, value in values.items()
+        if (type(config).model_fields[field].json_schema_extra or {}).get("affects_result", True)  # type: ignore[union-attr]
     }
 
 

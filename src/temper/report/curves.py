@@ -22,6 +22,8 @@ NAMES = {
     "grad_noise": "noise of the gradient norm, share of it", "cpu_percent": "processor, % of one core",
     "memory_gb": "memory, GB", "gpu_percent": "GPU use, %", "gpu_memory_gb": "GPU memory, GB",
     "clipped": "clipped tokens, share", "sampling_gap": "sampling gap, nats a token",
+    "engine_gap": "the server's log-probabilities off the policy's, nats a token",
+    "engine_lag": "what the server lacks of the adapter, share",
 }  # fmt: skip
 PART = "reward_"  # of a part of the reward
 # In the order of reading; the loss and what is not named here stand between.
@@ -40,7 +42,7 @@ FIRST = [
     "same_opening",
 ]
 MACHINE = ["tokens_per_second", "cpu_percent", "memory_gb", "gpu_percent", "gpu_memory_gb"]
-LAST = ["ratio", "clipped", "sampling_gap", "lr", "grad_norm", "grad_noise", *MACHINE]
+LAST = ["ratio", "clipped", "sampling_gap", "engine_gap", "engine_lag", "lr", "grad_norm", "grad_noise", *MACHINE]
 VALIDATION = "validation_"
 
 

@@ -80,6 +80,11 @@ class Completion:
     text: str | None = None  # of an answer that a stop string ended
     tops: list[list[tuple[int, float]]] | None = None  # of each of these tokens: the likeliest in its place, if asked for
 
+    @property
+    def scored(self) -> list[int]:
+        """The tokens that the model chose, its end token among them."""
+        return self.ids if self.end is None else [*self.ids, self.end]
+
 
 class Draft:
     """A completion while it is written.

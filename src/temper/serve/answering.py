@@ -110,10 +110,11 @@ class Desk:
                 param="n" if (asked.n or 1) > 1 else "prompt",
             )  # fmt: skip
         works = []
+        ends = asked.ends(served.ends) if isinstance(asked, CompletionRequest) else served.ends
         for number, ids in enumerate(self.prompts(served, asked)):
             decoding = self._decoding(served, asked, len(ids))
             drafts = [
-                Draft(decoding, served.ends, served.encoder.tokenizer, uniforms(decoding.max_new_tokens, seed, 0, number, k), top=asked.top)
+                Draft(decoding, ends, served.encoder.tokenizer, uniforms(decoding.max_new_tokens, seed, 0, number, k), top=asked.top)
                 for k in range(asked.n or 1)
             ]  # fmt: skip
             works.append(Work(ids, drafts, served.key))
@@ -201,8 +202,9 @@ class Desk:
                     await ended(work)
                     choices += answers.Reply(served, asked, work, k * len(work.drafts)).choices(text, before)
                 else:
+                    shown = answers.token_ids(work.ids, ()) if asked.return_token_ids else {}
                     choices += [
-                        {"index": k * len(work.drafts) + i, "text": text, "logprobs": before, "finish_reason": "length"}
+                        {"index": k * len(work.drafts) + i, "text": text, "logprobs": before, "finish_reason": "length"} | shown
                         for i in range(len(work.drafts))
                     ]
         return frame.whole(choices, answers.usage(works))

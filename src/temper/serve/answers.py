@@ -35,6 +35,11 @@ def reason_of(draft: Draft) -> str:
     return "stop" if draft.done is not None and draft.done.ended else "length"
 
 
+def token_ids(prompt: Sequence[int], answer: Sequence[int]) -> dict[str, list[int]]:
+    """Token ids as vLLM gives them where they are asked for."""
+    return {"prompt_token_ids": list(prompt), "token_ids": list(answer)}
+
+
 class Reply:
     """The answers to one prompt while they are written.
 
@@ -90,7 +95,10 @@ class Reply:
                 choice["message"] = {"role": "assistant", "content": said, "refusal": None}
             else:
                 choice["text"] = prompt + said
-            out.append(choice | {"logprobs": scores, "finish_reason": reason_of(draft)})
+            choice |= {"logprobs": scores, "finish_reason": reason_of(draft)}
+            if isinstance(self.asked, CompletionRequest) and self.asked.return_token_ids and draft.done is not None:
+                choice |= token_ids(self.work.ids, draft.done.scored)
+            out.append(choice)
         return out
 
     def _scores(self, k: int, *, whole: bool) -> dict[str, Any]:
@@ -98,9 +106,7 @@ class Reply:
         token too, as OpenAI's and vLLM's do: who asked for one token finds one (lm-eval cuts it off behind an echo)."""
         draft = self.work.drafts[k]
         done = draft.done
-        ids = list(draft.ids) if done is None else done.ids
-        if done is not None and done.end is not None and not self.chat:
-            ids = [*ids, done.end]
+        ids = list(draft.ids) if done is None else done.ids if self.chat else done.scored
         first, self.shown[k] = (0 if whole else self.shown[k]), len(ids)
         ids = ids[first:]
         raw = draft.raw[first : first + len(ids)]

@@ -182,6 +182,9 @@ class CompletionRequest(_Request):
     echo: bool | None = Field(default=None, description="Give the prompt back too, with its log-probabilities if asked.")
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOPS)] | None = None
     best_of: int | None = None
+    return_token_ids: bool | None = Field(default=None, description="As vLLM has it: token ids of prompt and answer too.")
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = Field(default=None, description="As vLLM has it: tokens that end an answer, beside the model's own.")  # fmt: skip
+    ignore_eos: bool | None = Field(default=None, description="As vLLM has it: the model's own end tokens do not end an answer.")  # fmt: skip
 
     suffix: Any = None
 
@@ -189,8 +192,8 @@ class CompletionRequest(_Request):
     def _consistent(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("«best_of» is not supported, and would be ignored: leave it out")
-        if self.stream and self.echo:
-            raise ValueError("«echo» cannot be streamed")
+        if self.stream and (self.echo or self.return_token_ids):
+            raise ValueError(f"«{'echo' if self.echo else 'return_token_ids'}» cannot be streamed")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("«max_tokens» must be at least 1 without echo")
         return self
@@ -203,6 +206,10 @@ class CompletionRequest(_Request):
     @property
     def top(self) -> int:
         return self.logprobs or 0
+
+    def ends(self, own: frozenset[int]) -> frozenset[int]:
+        """Tokens that end an answer, given the model's own."""
+        return (frozenset() if self.ignore_eos else own) | frozenset(self.stop_token_ids or [])
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -33,7 +33,8 @@ from temper.models.scores import Policy
 from temper.rollouts.decoding import Completion
 from temper.rollouts.sampler import Sampler
 from temper.runfolder import write_atomic
-from temper.stages.rollout import Plan, Prompt, Rollout, cuts, packed, scored, text_of, unpacked, until
+from temper.stages.handover import Handover
+from temper.stages.rollout import Plan, Prompt, Rollout, cuts, packed, text_of, unpacked, until
 from temper.stages.watch import Watch
 from temper.trees import Node, Row, Tree, flatten, rows_of, split
 
@@ -45,7 +46,7 @@ class Experience:
         self,
         job: Job,
         policy: Policy,
-        sampler: Sampler,
+        sampler: Sampler | Handover,
         prompts: Sequence[Prompt],
         plan: Plan,
         parts: Sequence[rewards.Part],
@@ -61,6 +62,11 @@ class Experience:
         self.wrapped: Wrapped | None = None  # where several processes train
         self.current: tuple[int, list[list[Tree]]] | None = None  # number of the rollout, trees of its batches
         self.watch = Watch(job, plan)
+
+    def close(self) -> None:
+        """Leave the server that sampled, if one did."""
+        if isinstance(self.sampler, Handover):
+            self.sampler.close()
 
     @property
     def cycle(self) -> int:
@@ -134,10 +140,12 @@ class Experience:
             drawn = self._drawn(number, wanted) if p.kl_one else None
             rollout.columns["reference"] = self._score(rollout, self.reference, only=drawn)
             if drawn is not None:  # it stands for all k, so that the mean stays the same
-                rollout.columns["drawn"] = np.repeat(drawn * p.completions, [len(scored(c)) for c in done]).astype(
+                rollout.columns["drawn"] = np.repeat(drawn * p.completions, [len(c.scored) for c in done]).astype(
                     np.float32
                 )
-        if self.cycle > 1 or p.reward_beta:
+        if isinstance(self.sampler, Handover):
+            self.sampler.compared(rollout, functools.partial(self._score, rollout))
+        elif self.cycle > 1 or p.reward_beta:
             rollout.columns["old"] = self._score(rollout, self.policy)
         spent = np.zeros(len(rollout.columns["sampled"]))
         if p.reward_beta:
@@ -197,7 +205,7 @@ class Experience:
         rollout.past = past + np.array([np.nansum(rollout.total), (~np.isnan(rollout.total)).sum()])
         if self.plan.reward_beta and self.plan.kl_level == "token":
             # the KL before a token is no consequence of it: what is left is the return from there on
-            lengths = [len(scored(c)) for c in rollout.done]
+            lengths = [len(c.scored) for c in rollout.done]
             unit = np.repeat(baseline.spread.reshape(-1), lengths)
             rollout.columns["relief"] = np.nan_to_num(until(spent, rollout.done) / unit).astype(np.float32)
 
@@ -257,7 +265,7 @@ class Experience:
         out = [every[k] for k in range(len(trees))]
         whole = rollout.columns["sampled"].copy()
         passed = np.ones(len(rollout.done), bool) if only is None else only
-        whole[np.repeat(passed, [len(scored(c)) for c in rollout.done])] = np.concatenate(out)
+        whole[np.repeat(passed, [len(c.scored) for c in rollout.done])] = np.concatenate(out)
         return whole
 
     def _autocast(self) -> Any:
@@ -278,14 +286,14 @@ class Experience:
         for low, high in itertools.pairwise((edges * k).tolist()):
             if not any(counted[low:high]):  # a step needs something: advantages of 0, so only a KL acts
                 counted[low:high] = [True] * (high - low)
-        ends = np.cumsum([len(scored(c)) for c in rollout.done])
+        ends = np.cumsum([len(c.scored) for c in rollout.done])
         trees = []
         for p, index in enumerate(rollout.prompts):
             nodes, columns = [], []
             for n in range(p * k, p * k + k):
                 if only is not None and not only[n]:
                     continue
-                ids = scored(rollout.done[n])
+                ids = rollout.done[n].scored
                 weight = 1.0 if self.plan.token_weights else 1 / max(1, len(ids))
                 nodes.append(Node(ids, [weight * counted[n]] * len(ids)))
                 if counted[n]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from temper.models.scores import Policy
 from temper.recipe import ClassifierRef, Config, DataRef, RewardRef, detail, stages
 from temper.rollouts.decoding import Decoding
 from temper.rollouts.sampler import Sampler
-from temper.stages import algorithms
+from temper.stages import algorithms, handover
 from temper.stages.experience import Experience, Plan, Prompt
 from temper.stages.judge import Judge, Rewarder, check_reward_model
 from temper.stages.rollout import Collapse
@@ -130,6 +131,7 @@ class Rl(TrainingStage):
     rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
     iterations: int = detail(1, "Passes over each rollout.", ge=1)
     decoding: Decoding = detail(Decoding(temperature=1.0), "How completions are sampled.")
+    rollouts: handover.Rollouts = detail(handover.Rollouts(), "Who samples them: {engine: vllm, url: …} hands the adapter to a server.")
     average: algorithms.Average = detail(
         "sequence",
         "sequence: every completion counts alike, by the mean of its tokens (GRPO); sum: by their sum (RLOO, REINFORCE); "
@@ -187,6 +189,7 @@ class Rl(TrainingStage):
                 where=f"decoding.{changed[0]}",
                 do="leave it out; temperature may be set, for the policy is scored at the same one",
             )
+        handover.check(self.rollouts, self.adapter, self.quantize, d)
         asked = any(p.name == "toxicity" for p in rewards.read(self.reward))
         if self.classifier is not None and not asked:
             raise RecipeError(
@@ -231,11 +234,12 @@ class Rl(TrainingStage):
         loop = Loop(job, policy, self._loss(precision), experience, self, precision, follower=follower)
         experience.wrapped = loop.wrapped
         job.counts["examples"] = len(experience.prompts)
-        seconds, rows = experience.trial()
-        check_start(loop, rows, reference)
-        if tell:
-            tell_of(job, loop, experience, self.kl, seconds, rows)
-        loop.run()
+        with contextlib.closing(experience):
+            seconds, rows = experience.trial()
+            check_start(loop, rows, reference)
+            if tell:
+                tell_of(job, loop, experience, self.kl, seconds, rows)
+            loop.run()
         policy.temperature = 1.0
         return Trained(policy, experience.sampler.tokenizer, source, ends, rows[0])
 
@@ -259,8 +263,15 @@ class Rl(TrainingStage):
         load.no_dropout(policy.hf)  # a ratio, a reference or a sample under dropout is another policy's
         policy.temperature = self.decoding.temperature
         job.facts["written_as"] = encoder.description
-        with devices.autocast(policy.device, precision):
-            sampler = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
+        if self.rollouts.engine == "native":
+            with devices.autocast(policy.device, precision):
+                sampler: Any = Sampler(policy.hf, tokenizer, end_ids=encoder.end_ids, slots=self.slots)
+        else:
+            sampler = handover.Handover(
+                job, self.rollouts, policy, tokenizer, source, encoder.end_ids, slots=self.slots,
+                completions=self.completions, precision=precision,
+            )  # fmt: skip
+            sampler.prove(ids, self.decoding.max_new_tokens)
         job.facts["sampler"] = sampler.reason
         reference = Reference(policy, rate) if self.kl.beta else None
         experience = Experience(job, policy, sampler, prompts, self._plan(job), parts, judge, reference, precision)
@@ -294,6 +305,8 @@ class Rl(TrainingStage):
             inner = with_divergence(inner, kl.beta, kl.estimator, corrected=kl.corrected, level=kl.level)
         if self.average in ("sum", "constant"):
             inner = summed(inner, 1.0 if self.average == "sum" else self.decoding.max_new_tokens)
+        # What a server samples was compared as a whole when it came.
+        allowed = GAP[precision] if self.rollouts.engine == "native" else max(GAP[precision], 2 * self.rollouts.bound)
 
         def loss(
             logps: torch.Tensor, weights: torch.Tensor, *, sampled: torch.Tensor, **columns: torch.Tensor
@@ -302,7 +315,7 @@ class Rl(TrainingStage):
                 columns = {n: v for n, v in columns.items() if n not in ("reference", "drawn")}
             terms = inner(logps, weights, **columns)
             gap = (columns.get("old", logps.detach()) - sampled).abs()
-            if gap.mean() > GAP[precision]:
+            if gap.mean() > allowed:
                 raise TrainingError(
                     f"samples do not come from the policy that is trained: a token's log-probability differs by "
                     f"{gap.mean():.2g} nats on average between sampling and training",

@@ -75,6 +75,8 @@ class Rollout:
     # token's advantage exceeds its completion's by)
     columns: dict[str, np.ndarray]
     past: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2))  # sum and number of all rewards so far
+    # of samples of a server: how far it is from the policy in nats a token, and the share of the adapter's doing that it lacks
+    engine: np.ndarray | None = None
 
     @property
     def prompts(self) -> list[int]:
@@ -89,14 +91,9 @@ def text_of(completion: Completion, tokenizer: Any) -> str:
     return str(tokenizer.decode(completion.ids, skip_special_tokens=True)).strip()
 
 
-def scored(completion: Completion) -> list[int]:
-    """The tokens that the policy chose: its end token among them."""
-    return completion.ids if completion.end is None else [*completion.ids, completion.end]
-
-
 def cuts(done: Sequence[Completion]) -> np.ndarray:
     """Where the completions' scored tokens begin in a flat array, the first apart (for numpy.split)."""
-    return np.cumsum([len(scored(c)) for c in done])[:-1]
+    return np.cumsum([len(c.scored) for c in done])[:-1]
 
 
 def mean(values: np.ndarray) -> float | None:
@@ -106,7 +103,7 @@ def mean(values: np.ndarray) -> float | None:
 
 def packed(r: Rollout) -> bytes:
     """A SHA-256, then the arrays as safetensors."""
-    tokens = [scored(c) for c in r.done]
+    tokens = [c.scored for c in r.done]
     arrays = {
         "length": np.array([len(t) for t in tokens], np.int64),
         "ids": np.array([i for t in tokens for i in t], np.int64),
@@ -117,6 +114,7 @@ def packed(r: Rollout) -> bytes:
         "total": r.total,
         "advantage": r.advantage,
         "past": r.past,
+        **({} if r.engine is None else {"engine": r.engine}),
         **{f"each.{name}": values for name, values in r.each.items()},
         **{f"columns.{name}": values for name, values in r.columns.items()},
     }
@@ -137,7 +135,7 @@ def unpacked(raw: bytes, batches: list[list[int]]) -> Rollout | None:
     texts = bytes(a["texts"]).decode().split("\0")
     each = {n.removeprefix("each."): v for n, v in a.items() if n.startswith("each.")}
     columns = {n.removeprefix("columns."): v for n, v in a.items() if n.startswith("columns.")}
-    return Rollout(batches, done, texts, a["total"], each, a["advantage"], columns, a["past"])
+    return Rollout(batches, done, texts, a["total"], each, a["advantage"], columns, a["past"], a.get("engine"))
 
 
 def until(values: np.ndarray, done: Sequence[Completion]) -> np.ndarray:

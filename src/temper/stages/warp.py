@@ -82,6 +82,12 @@ class Warp(Rl):
                 where="policies",
                 do="policies: 2 or more; the stage rl trains one",
             )
+        if self.rollouts.engine != "native":
+            raise RecipeError(
+                "each policy of warp starts from other whole weights, and a server has one base",
+                where="rollouts.engine",
+                do="leave rollouts out",
+            )
         if not self.merge:
             raise RecipeError("warp gives whole models: its merges are of products", where="merge", do="leave it out")
         if any(not 0 <= eta <= 1 for eta in self.front):

@@ -46,6 +46,8 @@ class Watch:
         if self.plan.reward_beta:  # where the KL is in the loss, each step logs its own
             kl = (r.columns["sampled"] - r.columns["reference"]) * r.columns.get("drawn", 1.0)
             line["kl"] = float(kl.mean())
+        if r.engine is not None:
+            line |= {name: None if np.isnan(x) else float(x) for name, x in zip(("engine_gap", "engine_lag"), r.engine, strict=True)}
         self._compare(line)
         loop.append(self.log_file, line)
         for n in range(0, len(r.done), self.plan.completions)[: self.plan.samples]:
