@@ -133,8 +133,12 @@ def test_mini_recipes_train_alike_on_two_processes(tmp_path: Path, recipe: str) 
             mine, theirs = weights(tmp_path / "one", name), weights(folder, name)
             assert mine.keys() == theirs.keys()
             far = {n: float((theirs[n] - x).norm() / x.norm().clamp(min=1e-9)) for n, x in mine.items()}
-            print(f"{recipe}, {name}, {out}: weights differ by at most {max(far.values()):.1e} of their norm")
-            assert max(far.values()) < FAR, max(far, key=lambda n: far[n])
+            changes = max(v for n, v in far.items() if n.startswith("adapter/"))
+            model = max(v for n, v in far.items() if n.startswith("model/"))
+            print(f"{recipe}, {name}, {out}: weights differ by at most {model:.1e} of their norm, the adapter's by {changes:.1e}")
+            assert model < FAR, max(far, key=lambda n: far[n])
+            # An adapter begins at nothing: it is all gradients, whose rounding no larger weight hides.
+            assert changes < 10 * FAR, max(far, key=lambda n: far[n])
 
 
 def test_trees_are_dealt_out_by_tokens() -> None:
@@ -253,7 +257,8 @@ def test_twenty_kills_at_random(tmp_path: Path) -> None:
                 one.process.wait()
                 assert one.left_alone()
             assert "Traceback" not in one.said, one.said
-            if found := re.search(r"goes on from step (\d+)", one.said):
+            # not the sentence at the end of a process that had time to save
+            if found := re.search(r"^goes on from step (\d+)", one.said, re.M):
                 assert int(found[1]) == reached
             assert not one.checkpoints or one.checkpoints[-1] >= reached
             reached = one.checkpoints[-1] if one.checkpoints else 0

@@ -76,7 +76,7 @@ class Sft(TrainingStage, Validated):
         held_trees = [tree_of(e) for e, can in zip(held_encoded, within, strict=True) if can]
         lane = policy.lane(self.row_tokens)
         validation = rows_of(held_trees, lane, self.micro_tokens)
-        sampler, pieces = self._sampler(policy, encoder, held), pieces_of(tokenizer)
+        sampler, pieces = self._sampler(job, policy, encoder, held), pieces_of(tokenizer)
         batches: Batches | Streaming
         if stream is not None:
             batches = stream.batches(job, lane, lambda chains: self._fitted(chains, policy)[0])
@@ -130,11 +130,14 @@ class Sft(TrainingStage, Validated):
         return fitted_apart(encoded, *limits, self.too_long)
 
     def _sampler(
-        self, policy: Policy, encoder: Encoder, held: list[Record]
+        self, job: Job, policy: Policy, encoder: Encoder, held: list[Record]
     ) -> Callable[[], list[dict[str, str]]] | None:
         """Greedy answers to the first validation prompts, for samples.jsonl."""
         shown = [r for r in held if not is_text(r.row)][: self.samples]
         if not shown:
+            return None
+        if job.world.parallel == "fsdp":  # it would take the whole model on every process, and may be one that fits on none
+            job.say("no samples are written: the model's weights are spread over processes, and writing takes all of them")
             return None
 
         tok = encoder.tokenizer
