@@ -65,12 +65,12 @@ class Proxy:
                 self._pass({})
 
             def do_POST(self) -> None:
-                self._pass(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self._pass(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"))
 
             def _pass(self, body: dict[str, Any]) -> None:
                 sent = proxy.meddle(self.path, body)
                 if isinstance(sent, dict):
-                    given: Any = {"json": sent} if self.command == "POST" else {}
+                    given: Any = {"json": sent} if sent else {}
                     found = proxy.client.request(self.command, proxy.behind + self.path, **given)
                     status, answer = found.status_code, found.text
                 else:

@@ -254,6 +254,33 @@ def test_a_damaged_adapter_leaves_the_base_as_it_was(at: Here, served_models: Pa
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
 
 
+def test_weights_are_read_anew(served_models: Path) -> None:
+    """The base then answers as the other one does; what cannot be taken changes nothing."""
+    with here(served_models, ["base"], reloads=True) as at:
+        at.gallery.folders.append(served_models.resolve())
+        how: dict[str, Any] = {"model": "base", "prompt": "Hello", "n": 3, "max_tokens": 20, "seed": 6}
+
+        def written(model: str) -> bool:
+            work, request = at.run(lambda: asked(at, **how))
+            expected = alone(served_models, model, work, request.decoding(20), 3, 6, model)
+            return [d.done.ids for d in work.drafts] == [c.ids for c in expected]
+
+        assert written("base") and not written("other")
+        at.gallery.reload(str(served_models / "other"))
+        assert written("other") and not written("base")
+        for path, said in (("gpt2", "of other shapes"), ("nowhere", "there is no model"), ("adapters", "cannot")):
+            with pytest.raises(TemperError, match=said):
+                at.gallery.reload(str(served_models / path))
+        assert written("other")
+        at.gallery.reload(str(served_models / "base"))
+        assert written("base")
+        at.gallery.load("late", "late")
+        with pytest.raises(TemperError, match="more than one model is served"):
+            at.gallery.reload(str(served_models / "other"))
+        at.gallery.unload("late")
+        assert written("base")
+
+
 def test_giving_up_frees_the_slot_and_changes_nothing_for_others(at: Here, served_models: Path) -> None:
     lane = at.gallery["base"].lane
 

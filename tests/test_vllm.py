@@ -126,6 +126,34 @@ def test_at_another_temperature_the_plain_softmax_is_compared_and_the_policy_sco
     assert steps[0]["ratio"] == pytest.approx(1, abs=1e-5) and abs(steps[-1]["ratio"] - 1) > 1e-5
 
 
+def test_a_whole_model_is_handed_over_by_its_weights(words_model: Path, tmp_path: Path) -> None:
+    """Reloaded before anything, so that what an earlier run has left at the server does no harm; stale weights are told."""
+    fields: dict[str, Any] = {"adapter": None, "max_steps": 3, "lr": 1e-3}
+    other = model_at(tmp_path / "other", seed=1)
+    with server(
+        str(other), "--adapters-from", str(tmp_path), "--reload", "--votes", str(tmp_path / "v.sqlite")
+    ) as made, proxied(made.address) as proxy:  # fmt: skip
+        stage = run(tmp_path / "a", words_model, proxy.url, **fields)
+        lines = rollouts_of(stage)
+        assert [x["step"] for x in lines] == [1, 2, 3] and all(0 < x["engine_gap"] < 1e-5 and x["engine_lag"] is None for x in lines)
+        assert len([p for p in proxy.passed if p.path == "/collective_rpc"]) == 5, "the start, the trial, and three rollouts"
+        assert not (stage / "rollouts").exists() and (stage / "model").is_dir()
+
+        def forgets(path: str, body: dict[str, Any]) -> dict[str, Any] | tuple[int, str]:
+            reloads.extend([path] * (path == "/collective_rpc"))
+            return (200, "{}") if path == "/collective_rpc" and len(reloads) > 2 else body
+
+        reloads: list[str] = []
+        with proxied(made.address, forgets) as stale, pytest.raises(TrainingError, match=r"nats a token on average from the policy's own; rollouts") as error:
+            run(tmp_path / "b", words_model, stale.url, rollouts={"bound": 1e-3}, **fields)
+        assert "raw_logprobs" in error.value.do
+        assert made.post("/collective_rpc", {"method": "shutdown", "kwargs": {"weights_path": "x"}}).status_code == 400
+    with server(str(words_model), "--adapters-from", str(tmp_path), "--votes", str(tmp_path / "v.sqlite")) as made:
+        with pytest.raises(ModelError, match=r"does not take the weights in .*status 404") as error:
+            run(tmp_path / "c", words_model, made.url, **fields)
+        assert "VLLM_SERVER_DEV_MODE=1" in error.value.do and "--reload" in error.value.do
+
+
 # What goes wrong
 
 
@@ -300,7 +328,6 @@ def test_two_processes_take_the_same_samples(engine: Server, words_model: Path, 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"adapter": None}, "the whole model is trained"),
         ({"adapter": {"method": "ia3"}}, "this one is ia3"),
         ({"adapter": {"method": "lora", "dora": True}}, "this one is DoRA"),
         ({"adapter": {"method": "lora+prompt"}}, r"this one is lora\+prompt"),

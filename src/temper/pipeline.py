@@ -31,16 +31,22 @@ from temper.world import Left, World
 
 def settings(stage: Stage) -> dict[str, Any]:
     """The fields that decide a stage's result."""
-    return _deciding(stage, stage.model_dump(mode="json"))
+    return deciding(stage, stage.model_dump(mode="json"))
 
 
-def _deciding(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    """Of a mapping within a field too."""
-    return {
-        field: _deciding(inner, value) if isinstance(inner := getattr(config, field), Config) else value
-        for field, value in values.items()
-        if (type(config).model_fields[field].json_schema_extra or {}).get("affects_result", True)  # type: ignore[union-attr]
-    }
+def deciding(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+    """Of values, those of fields that decide a result; of a mapping within a field too.
+
+    Args:
+        values: of this kind of stage, maybe of an earlier time.
+    """
+    out = {}
+    for field, value in values.items():
+        info = type(config).model_fields.get(field)
+        if info is not None and (info.json_schema_extra or {}).get("affects_result", True):  # type: ignore[union-attr]
+            inner = getattr(config, field)
+            out[field] = deciding(inner, value) if isinstance(inner, Config) and isinstance(value, dict) else value
+    return out
 
 
 def key_of(recipe: Recipe, name: str, keys: dict[str, str]) -> str:

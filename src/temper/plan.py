@@ -115,7 +115,7 @@ def _changes(recipe: Recipe, name: str, present: Result, keys: dict[str, str]) -
     """What makes the key another one than that of the present result."""
     stage, info = recipe.stages[name], present.info
     now = pipeline.settings(stage)
-    then = {k: v for k, v in info["config"].items() if k in now}
+    then = pipeline.deciding(stage, info["config"])
     changed = [f"{key} {_shown(a)} → {_shown(b)}" for key, a, b in differences(then, now)]
     if len(changed) > SHOWN:
         changed = [*changed[:SHOWN], f"{len(changed) - SHOWN} more"]

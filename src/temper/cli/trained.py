@@ -96,6 +96,7 @@ def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Stages' folders, such as runs/NAME/sft, models', or hub ids; NAME=PATH gives a name.")],
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to serve under a name; may be repeated.")] = None,
     adapters_from: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Requests may load adapters that lie within; may be repeated.")] = None,
+    reload: Annotated[bool, typer.Option("--reload", help="Requests may have the base's weights read anew from models within --adapters-from.")] = False,
     host: Annotated[str, typer.Option(help="Where to listen. Others than this machine reach it only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The key that requests must bring; or the environment variable TEMPER_API_KEY.")] = None,
@@ -125,7 +126,7 @@ def serve(
             raise RecipeError(f"two adapters are called «{name}»", do="give each a name of its own")
         named[name] = Path(path)
     run.serve(
-        models, adapters=named, adapters_from=adapters_from or [], host=host, port=port, key=run.key_of(api_key_file),
+        models, adapters=named, adapters_from=adapters_from or [], reloads=reload, host=host, port=port, key=run.key_of(api_key_file),
         slots=slots, queue=queue, most=max_body, votes=votes, items=items, rows=rows, device=device, precision=precision,
         tell=lambda text: terminal.tell(text, head="note"), said=terminal.say,
     )  # fmt: skip

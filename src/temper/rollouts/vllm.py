@@ -4,6 +4,7 @@ Written for vLLM 0.33.0, of which it uses
 
     GET  /v1/models
     POST /v1/load_lora_adapter, /v1/unload_lora_adapter    (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora)
+    POST /collective_rpc of reload_weights, /reset_prefix_cache            (of whole models: VLLM_SERVER_DEV_MODE=1)
     POST /v1/completions with prompt as token ids, n, seed, logprobs, return_token_ids, stop_token_ids, ignore_eos
 
 and `temper serve`, which speaks the same calls. Log-probabilities are those of the plain softmax, before temperature: vLLM's
@@ -69,7 +70,7 @@ class Vllm:
                 return Trouble("garbage", response.text or "an empty body")
             return [Card(str(n), p, c if isinstance(c, int) else None) for n, p, c in cards]
 
-        return self._once(self.quick, "GET", "models", None, read)
+        return self._once(self.quick, "GET", f"{self.url}/models", None, read)
 
     def load(self, name: str, folder: str, *, rank: int) -> None:
         """Have an adapter served under a name.
@@ -98,7 +99,7 @@ class Vllm:
                 response.text,
             )
 
-        self._once(self.line, "POST", "load_lora_adapter", {"lora_name": name, "lora_path": folder}, read)
+        self._once(self.line, "POST", f"{self.url}/load_lora_adapter", {"lora_name": name, "lora_path": folder}, read)
 
     def unload(self, name: str) -> bool:
         """Have an adapter served no more; whether the server did so. One that it does not know is gone already.
@@ -111,7 +112,33 @@ class Vllm:
             status = response.status_code
             return Trouble(f"status {status}", response.text) if status in PASSING else status in (200, 404)
 
-        return self._once(self.quick, "POST", "unload_lora_adapter", {"lora_name": name}, read)
+        return self._once(self.quick, "POST", f"{self.url}/unload_lora_adapter", {"lora_name": name}, read)
+
+    def reload(self, folder: str) -> None:
+        """Have the base's weights read anew, and what was computed with the former ones forgotten.
+
+        Args:
+            folder: where the server finds them, in transformers' format.
+
+        Raises:
+            ModelError: it is refused.
+        """
+
+        def read(response: httpx2.Response, last: bool) -> bool | Trouble:
+            if response.status_code in PASSING:
+                return Trouble(f"status {response.status_code}", response.text)
+            if response.status_code != 200:
+                raise self.line.failed(
+                    f"the engine does not take the weights in {folder} (status {response.status_code})",
+                    "it must see that folder; vLLM is started with VLLM_SERVER_DEV_MODE=1, `temper serve` with --reload and --adapters-from",
+                    response.text,
+                )
+            return Trouble("busy", response.text) if '"success":false' in response.text.replace(" ", "") else True
+
+        root = self.url.removesuffix("/v1")
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        self._once(self.line, "POST", f"{root}/collective_rpc", body, read)
+        self._once(self.line, "POST", f"{root}/reset_prefix_cache", None, read)
 
     def write(
         self,
@@ -190,10 +217,10 @@ class Vllm:
             )
         return found
 
-    def _once(self, line: Line, method: str, path: str, body: Any, read: Callable[..., Any]) -> Any:
+    def _once(self, line: Line, method: str, url: str, body: Any, read: Callable[..., Any]) -> Any:
         async def asked() -> Any:
             async with line.opened() as client:
-                return await line.ask(client, f"{self.url}/{path}", body, read, method=method)
+                return await line.ask(client, url, body, read, method=method)
 
         return wait_for(asked())
 

@@ -14,7 +14,7 @@ from temper.errors import ModelError, TemperError
 from temper.serve import refusals
 from temper.serve.answering import Desk
 from temper.serve.gallery import Served
-from temper.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, UnloadAdapter
+from temper.serve.protocol import ChatRequest, CompletionRequest, LoadAdapter, Reload, UnloadAdapter
 
 
 def routes(desk: Desk) -> APIRouter:
@@ -76,6 +76,25 @@ def routes(desk: Desk) -> APIRouter:
         except TemperError as error:
             raise refusals.told(error, param="lora_name") from None
         return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+
+    return router
+
+
+def reloading(desk: Desk) -> APIRouter:
+    """The calls of vLLM's development mode by which a base gets other weights."""
+    router = APIRouter(responses=refusals.ERRORS)
+
+    @router.post("/collective_rpc")
+    async def reload(asked: Reload) -> dict[str, Any]:
+        try:
+            await asyncio.to_thread(desk.gallery.reload, asked.kwargs.weights_path)
+        except TemperError as error:
+            raise refusals.told(error, param="weights_path") from None
+        return {"results": [None]}
+
+    @router.post("/reset_prefix_cache")
+    async def forget() -> dict[str, bool]:
+        return {"success": True}  # nothing of a prompt is kept from one request to the next
 
     return router
 

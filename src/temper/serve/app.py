@@ -71,6 +71,8 @@ def application(
         description="Models that were trained, behind OpenAI's protocol.",
     )  # fmt: skip
     app.include_router(api.routes(desk))
+    if desk.gallery.reloads:
+        app.include_router(api.reloading(desk))
     app.include_router(playground.routes(desk, votes, listed))
     app.mount("/page", _Files(directory=PAGE), name="page")
 

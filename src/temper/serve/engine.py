@@ -81,11 +81,22 @@ class Lane:
         self.leaving: set[str] = set()  # adapters to be taken away when none of their rows is left
         self.waiting: deque[Work] = deque()  # of a model that `generate` decodes
         self.closing = contextlib.ExitStack()
+        self._open()
+
+    def _open(self) -> None:
         if self.native:
             self.switch = self.closing.enter_context(native.opened(self.model, longest=native.LARGE))
             self.rowwise = Rowwise(self.model)
             self.closing.callback(self.rowwise.close)
             self.decoder = self._decoder()
+
+    def renew(self, change: Callable[[], Any]) -> None:
+        """Change the model's weights. Nothing may be under way, and adapters are gone."""
+        self.closing.close()
+        try:
+            change()
+        finally:
+            self._open()
 
     def _decoder(self) -> native.Decoder:
         return native.Decoder(

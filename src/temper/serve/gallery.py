@@ -58,12 +58,13 @@ class Gallery:
     """All that is served.
 
     Args:
-        folders: adapters that requests may load lie within these.
+        folders: adapters that requests may load lie within these, and weights.
+        reloads: requests may have a base's weights read anew.
         slots: answers decoded together, per base.
     """
 
-    def __init__(self, engine: Engine, *, folders: Sequence[Path] = (), slots: int = 32) -> None:
-        self.engine, self.slots = engine, slots
+    def __init__(self, engine: Engine, *, folders: Sequence[Path] = (), reloads: bool = False, slots: int = 32) -> None:
+        self.engine, self.slots, self.reloads = engine, slots, reloads
         self.folders = [folder.resolve() for folder in folders]
         self.served: dict[str, Served] = {}
         self.notices: list[str] = []
@@ -213,12 +214,41 @@ class Gallery:
             found.loaded = True
             return found
 
-    def _within(self, path: str) -> Path:
-        """The folder of an adapter, links followed, if it lies within one of ours."""
+    def reload(self, path: str) -> None:
+        """Read the weights of the one base that is served anew, from the folder of a model.
+
+        Raises:
+            RecipeError: more than one model is served, or answers are under way.
+            ModelError: there is no such model; its weights are of other shapes; it lies elsewhere.
+        """
+        with self._changing:
+            if len({id(s.lane) for s in self.served.values()}) > 1 or any(s.key or s.source.adapters for s in self.served.values()):
+                raise RecipeError("more than one model is served here, and others belong to the weights as they are", do="serve one base alone")
+            folder, (served, *_) = self._within(path, "model"), self.served.values()
+            with _reading(folder):
+                self.engine.call(lambda: self._reloaded(served.lane, folder)).result()
+
+    def _reloaded(self, lane: Lane, folder: Path) -> None:
+        if lane.busy:
+            raise RecipeError("answers are under way, which would go on under other weights", do="try again when they are finished")
+        fresh, _ = adapters.open_base(hub.Source(str(folder)), device=self.engine.device)
+        theirs = dict(fresh.named_parameters())
+
+        def change() -> None:
+            mine = dict(lane.model.named_parameters())
+            if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in theirs.items()}:
+                raise ModelError(f"{folder} holds a model of other shapes than the one that is served", do="serve its own base")
+            for name, parameter in mine.items():
+                parameter.data.copy_(theirs[name].data)
+
+        lane.renew(change)
+
+    def _within(self, path: str, what: str = "adapter") -> Path:
+        """The folder of an adapter or a model, links followed, if it lies within one of ours."""
         if "\0" in path or not path.strip():
-            raise ModelError("that is no path", do="give the folder of an adapter")
+            raise ModelError("that is no path", do=f"give the folder of the {what}")
         if not self.folders:
-            raise ModelError("this server loads no adapters", do="start it with --adapters-from FOLDER")
+            raise ModelError(f"this server loads no {what}s", do="start it with --adapters-from FOLDER")
         for root, given in itertools.product(self.folders, (path, Path.cwd() / path)):
             folder = Path(os.path.realpath(root / given))
             if folder.is_relative_to(root):
@@ -227,7 +257,7 @@ class Gallery:
                 if files and all(Path(os.path.realpath(file)).is_relative_to(root) for file in files):
                     return folder
         shown = ", ".join(str(root) for root in self.folders)
-        raise ModelError(f"there is no adapter {path} in the folders that may be loaded from", do=f"give a path within {shown}")
+        raise ModelError(f"there is no {what} {path} in the folders that may be loaded from", do=f"give a path within {shown}")
 
     def unload(self, name: str) -> None:
         """Serve a name no more; answers under way are finished.
@@ -261,7 +291,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"the adapter {path} cannot be read: {type(error).__name__}: {str(error)[:200]}", do="is it one of PEFT's, and whole?"
+            f"what lies in {path} cannot be read: {type(error).__name__}: {str(error)[:200]}", do="is it whole, and in the format of PEFT or transformers?"
         ) from error
 
 

@@ -230,3 +230,16 @@ class UnloadAdapter(Body):
     """vLLM's request to serve an adapter no more."""
 
     lora_name: Text
+
+
+class Weights(Body):
+    """Where weights lie."""
+
+    weights_path: Text
+
+
+class Reload(Body):
+    """vLLM's call of a method of its workers; of all these one is known."""
+
+    method: Literal["reload_weights"]
+    kwargs: Weights

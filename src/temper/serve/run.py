@@ -28,6 +28,7 @@ def serve(
     *,
     adapters: Mapping[str, Path],
     adapters_from: Sequence[Path],
+    reloads: bool,
     host: str,
     port: int,
     key: str | None,
@@ -45,6 +46,7 @@ def serve(
     """Load what is served and answer until interrupted.
 
     Args:
+        reloads: requests may have the base's weights read anew, from those folders.
         tell: for notices.
         said: for the line that says where it listens.
         votes: the file in which verdicts are kept.
@@ -70,7 +72,7 @@ def serve(
         engine = Engine(device=device, precision=precision)
         engine.start()
         closing.callback(engine.close)
-        gallery = Gallery(engine, folders=adapters_from, slots=slots)
+        gallery = Gallery(engine, folders=adapters_from, reloads=reloads, slots=slots)
         gallery.open(models, adapters)
         for notice in gallery.notices:
             tell(notice)

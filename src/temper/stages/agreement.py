@@ -26,18 +26,18 @@ class Agreement:
     """What a comparison found.
 
     `gap` and `to_base` are the mean absolute differences of the server's log-probabilities from the policy's and from those of
-    its base without the adapter, in nats a token; `lag` is as of `lag_of`.
+    its base without the adapter, in nats a token; `lag` is as of `lag_of`. The last two are None of a policy without an adapter.
     """
 
     gap: float
-    to_base: float
+    to_base: float | None
     lag: float | None
 
     def check(self, bound: float, where: str, name: str) -> None:
         """
         Args:
             bound: of the gap.
-            name: of the adapter at the server.
+            name: what the policy is called at the server.
 
         Raises:
             TrainingError: the samples are not the policy's.
@@ -50,21 +50,24 @@ class Agreement:
                 where=where,
                 do=f"the engine said that it had loaded «{name}»: look at its log, and start it anew",
             )
+        aside = "" if self.to_base is None else f", and by {self.to_base:.2g} from those of the base without the adapter"
         if not self.gap <= bound:
             raise TrainingError(
                 f"the engine does not sample from the policy: log-probabilities of its samples differ by {self.gap:.2g} nats a token "
-                f"on average from the policy's own, and by {self.to_base:.2g} from those of the base without the adapter; "
-                f"rollouts.bound allows {bound:g}",
+                f"on average from the policy's own{aside}; rollouts.bound allows {bound:g}",
                 where=where,
                 do="is the engine's base the policy's, in a precision close to it, and its --logprobs-mode raw_logprobs?",
             )
 
 
-def compare(theirs: np.ndarray, own: np.ndarray, base: np.ndarray, floor: float) -> Agreement:
-    """What is found between log-probabilities [S] of a server, of the policy, and of its base; `floor` as of `lag_of`."""
-    theirs, own, base = (np.asarray(v, np.float64) for v in (theirs, own, base))
-    gap, to_base = (float(np.abs(theirs - v).mean()) for v in (own, base))
-    return Agreement(gap, to_base, lag_of(theirs, own, base, floor))
+def compare(theirs: np.ndarray, own: np.ndarray, base: np.ndarray | None, floor: float) -> Agreement:
+    """What is found between log-probabilities [S] of a server, of the policy, and of its base if it has one beneath an adapter;
+    `floor` as of `lag_of`."""
+    theirs, own = theirs.astype(np.float64), own.astype(np.float64)
+    gap = float(np.abs(theirs - own).mean())
+    if base is None:
+        return Agreement(gap, None, None)
+    return Agreement(gap, float(np.abs(theirs - base).mean()), lag_of(theirs, own, base.astype(np.float64), floor))
 
 
 @contextlib.contextmanager

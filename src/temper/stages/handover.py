@@ -1,4 +1,4 @@
-"""Rollouts by a server, to which the policy's adapter is handed over before each.
+"""Rollouts by a server, to which the policy is handed over before each: its adapter, or all its weights.
 
 Legend: S scored tokens of a rollout (a completion with its end token).
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft import PeftModel
 from pydantic import model_validator
 
 from temper import hub
@@ -21,7 +22,7 @@ from temper.address import Address, endpoint
 from temper.engine import device as devices
 from temper.errors import ModelError, RecipeError, nearest
 from temper.job import Job
-from temper.models import adapted, adapters
+from temper.models import adapted, adapters, load
 from temper.models.methods import Adapter
 from temper.models.scores import Policy
 from temper.recipe import Config, detail
@@ -38,7 +39,7 @@ class Rollouts(Config):
     """Who samples the completions."""
 
     engine: Literal["native", "vllm"] = detail(
-        "native", "native: this process; vllm: a vLLM server (or `temper serve`) that serves the base and is handed the adapter."
+        "native", "native: this process; vllm: a vLLM server (or `temper serve`) that serves the base and is handed the policy."
     )
     url: str | None = detail(
         None,
@@ -80,14 +81,7 @@ def check(rollouts: Rollouts, adapter: Adapter | None, quantize: str | None, dec
     """RecipeError where a server cannot be handed what is trained, or cannot sample as it is asked to."""
     if rollouts.engine == "native":
         return
-    if adapter is None:
-        raise RecipeError(
-            "engine: vllm samples from an adapter that is handed over, and the whole model is trained: vLLM has no stable call "
-            "that takes new weights over plain HTTP",
-            where="rollouts.engine",
-            do="train an adapter, adapter: {method: lora}, or leave rollouts out",
-        )
-    if adapter.method != "lora" or adapter.dora:
+    if adapter is not None and (adapter.method != "lora" or adapter.dora):
         raise RecipeError(
             f"vLLM serves plain LoRA adapters, and this one is {'DoRA' if adapter.dora else adapter.method}",
             where="adapter.dora" if adapter.dora else "adapter.method",
@@ -108,11 +102,11 @@ def check(rollouts: Rollouts, adapter: Adapter | None, quantize: str | None, dec
 
 
 class Handover:
-    """Samples as a `Sampler` does, from a server that is handed the adapter as it is at each call.
+    """Samples as a `Sampler` does, from a server that is handed the policy as it is at each call.
 
     Args:
-        policy: with its adapter on, as it was before the first step.
-        source: its base.
+        policy: as it was before the first step, with its adapter on if it has one.
+        source: what it is trained from.
         ends: tokens that end a completion.
         slots: completions sampled at once, `completions` to a prompt.
 
@@ -135,12 +129,14 @@ class Handover:
             )
         self.job, self.policy, self.tokenizer, self.source, self.ends = job, policy, tokenizer, source, ends
         self.hf: Any = policy.hf
+        self.whole = not isinstance(policy.hf, PeftModel)
+        self.base = ""  # its name at the server
         self.slots, self.precision, self.bound = slots, precision, rollouts.bound
         self.address = rollouts.address
         tell = lambda text: job.say(text, "yellow")  # noqa: E731
         self.server = Vllm(self.address.url, concurrency=max(1, slots // completions), tell=tell)
         self.identity = hub.identity(source)
-        self.folder = job.kept / "rollouts" / "adapters"
+        self.folder = job.kept / "rollouts" / "handed-over"
         # Names are of this folder and of this start: a server keeps what it has computed for an adapter by its name, and other
         # weights under the same one would be answered from there.
         self.mine = f"temper-{job.name}-{hashlib.sha256(str(job.kept.resolve()).encode()).hexdigest()[:8]}-"
@@ -170,6 +166,9 @@ class Handover:
                 where=self.address.url,
                 do=f"start it with --max-model-len {longest} or more, or drop longer prompts: longer_than in the data stage",
             )
+        self.base = base.name
+        if self.whole:  # whatever weights an earlier run has left there
+            self._handed_over()
         for card in cards:  # what a start of this run that was killed has left there
             if card.name.startswith(self.mine):
                 self.server.unload(card.name)
@@ -250,7 +249,12 @@ class Handover:
         )  # fmt: skip
 
     def _handed_over(self) -> str:
-        """The adapter as it is now, served under a name of its own."""
+        """The policy as it is now, at the server: an adapter under a name of its own, whole weights in the base's place."""
+        if self.whole:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            load.save(self.hf, self.tokenizer, self.folder, ends=self.ends)
+            self.server.reload(str(self.folder.resolve()))
+            return self.base
         self._take_back()  # first, for a server may have room for one alone
         self.number += 1
         name, folder = f"{self.mine}{self.start}-{self.number}", self.folder / f"{self.start}-{self.number}"
@@ -261,12 +265,12 @@ class Handover:
         return name
 
     def _take_back(self) -> None:
-        if self.name and not self.server.unload(self.name):
+        if self.name and not self.server.unload(self.name):  # of an adapter
             self.job.warn("the engine does not take adapters back that it was given; it keeps all of them")
 
     def close(self) -> None:
-        """Have the last adapter served no more."""
-        if self.name and self.job.world.main:
+        """Have the last adapter served no more. Whole weights stay, for nobody here knows where the server has its own."""
+        if self.name and not self.whole and self.job.world.main:
             with contextlib.suppress(ModelError):  # the run is over, well or not
                 self.server.unload(self.name)
         self.name = ""
@@ -283,7 +287,7 @@ class Handover:
         """
         theirs = np.concatenate([c.raw for c in rollout.done])
         with at_one(self.policy):
-            own, base = score(self.policy), score(self._without)
+            own, base = score(self.policy), None if self.whole else score(self._without)
         found = compare(theirs, own, base, LEAST_MOVED[self.precision])
         found.check(self.bound, self.address.url, self.name)
         rollout.engine = np.array([found.gap, np.nan if found.lag is None else found.lag])

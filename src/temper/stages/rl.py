@@ -131,7 +131,7 @@ class Rl(TrainingStage):
     rollout_steps: int = detail(1, "Optimiser steps that the prompts of one rollout fill.", ge=1)
     iterations: int = detail(1, "Passes over each rollout.", ge=1)
     decoding: Decoding = detail(Decoding(temperature=1.0), "How completions are sampled.")
-    rollouts: handover.Rollouts = detail(handover.Rollouts(), "Who samples them: {engine: vllm, url: …} hands the adapter to a server.")
+    rollouts: handover.Rollouts = detail(handover.Rollouts(), "Who samples them: {engine: vllm, url: …} hands the policy to a server.")
     average: algorithms.Average = detail(
         "sequence",
         "sequence: every completion counts alike, by the mean of its tokens (GRPO); sum: by their sum (RLOO, REINFORCE); "
