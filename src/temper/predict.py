@@ -16,10 +16,11 @@ from temper import address, hub, shapes
 from temper.data import sources
 from temper.engine import device as devices
 from temper.engine.settings import Validated
-from temper.errors import TemperError
+from temper.errors import ModelError, TemperError
 from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe
 from temper.runfolder import Result, RunFolder, read_json
+from temper.scaling import footprint
 from temper.shapes import Rows, Size
 from temper.stages.classifier import TrainClassifier
 from temper.stages.data import Data
@@ -35,7 +36,6 @@ from temper.stages.sweep import Sweep
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
 EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
 STEP_SECONDS = 0.002  # Python's share of decoding one token of a batch, and again for every layer
-FRAGMENTED = 4  # a CPU's allocator keeps several times what is live when shapes vary: 3 to 8 times were seen
 TRIALS_LOOKED_AT = 32  # of a sweep
 LOAD_SECONDS = 2.0  # of any stage with a model: loading it and proving its layout
 
@@ -173,19 +173,17 @@ class Predictor:
             isinstance(stage, TrainReward) and stage.positive is not None
         ):  # pairs: of half of the rows with the others
             n = stage.epochs * stage.pairs if stage.pairs else n / 2
-        tokens = n * self._row_tokens(name, stage, rows)
+        tokens = n * self.row_tokens(name, stage, rows)
         if size is None:
             return Cost(tokens, basis=f"{rows.basis}; the model is not known")
         adapter = getattr(stage, "adapter", None)
         trained = size.adapter(adapter) if adapter else size.parameters
         saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or getattr(stage, "merge", True))
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
-        work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
-        held = work * (FRAGMENTED if self.device.type == "cpu" else 1)
-        memory = self.floor + size.bytes(getattr(stage, "quantize", None)) + 12 * trained + held
+        memory = self._held(stage, size, rows)
         if before is not None and before["tokens"] and before["parameters"]:
             every = size.parameters + trained * bool(adapter)
-            if before["parameters"] >= every:
+            if before["parameters"] >= every and memory is not None:
                 memory = max(memory, before["peak_memory_bytes"] or 0)
             rate = before["tokens"] / before["seconds"] * before["parameters"] / every
             seconds, basis = tokens / rate, f"{rate:,.0f} tokens/s of an earlier result"
@@ -193,7 +191,7 @@ class Predictor:
             precision = devices.precision(stage.precision, self.device)
             rate = shapes.matrix_rate(self.device, precision, stage.micro_tokens, size.hidden)
             flops = shapes.training_flops(
-                size, scored=self._scored(stage, rows), adapter=bool(adapter),
+                size, scored=self.scored(stage, rows), adapter=bool(adapter),
                 head_trained=adapter is None, width=max(stage.row_tokens, rows.tokens),
                 recompute=stage.activation_checkpointing,
             )  # fmt: skip
@@ -201,13 +199,26 @@ class Predictor:
             basis = f"{rate / 1e9:,.0f} GFLOP/s measured here in {precision}"
         return Cost(tokens, seconds, memory, None, saved + kept, f"{basis}; {rows.basis}")
 
-    def _scored(self, stage: Any, rows: Rows) -> float:
+    def _held(self, stage: Any, size: Size, rows: Rows) -> float | None:
+        """Memory of training with full micro-batches; None where shapes do not tell it."""
+        cards = self.device.type == "cuda"
+        setting = footprint.Setting(
+            tokens=stage.micro_tokens, width=min(stage.micro_tokens, round(max(1, rows.tokens))), scored=self.scored(stage, rows),
+            precision=devices.precision(stage.precision, self.device), cards=cards, recompute=stage.activation_checkpointing,
+            optimizer=stage.optimizer, adapter=getattr(stage, "adapter", None), held=getattr(stage, "quantize", None),
+        )  # fmt: skip
+        n = self.recipe.launch.processes
+        with contextlib.suppress(ModelError):
+            return self.floor + footprint.of(size.make, setting, self.recipe.launch.parallel if n > 1 else None, n).total
+        return None
+
+    def scored(self, stage: Any, rows: Rows) -> float:
         """The share of tokens that go through the projection to the vocabulary, which a classifier does not have."""
         if isinstance(stage, TrainClassifier | TrainReward):
             return 0.0
         return 1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens
 
-    def _row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
+    def row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
         """Tokens of a row: counted where the stage ran on the same rows before, else estimated."""
         for info in self.earlier:
             config = info["config"]

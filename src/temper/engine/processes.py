@@ -157,7 +157,7 @@ class Wrapped:
         if world.parallel == "fsdp":
             devices.keep_memory(False)  # memory is what spreading is for; the next stage sets it anew
             self.skeleton = copy.deepcopy(policy.hf).to("meta")
-            for layer in _layers(policy):
+            for layer in layers_of(policy):
                 fully_shard(layer)
             fully_shard(policy)
             quantized.trim()  # what the whole weights took
@@ -232,7 +232,7 @@ class Wrapped:
         return model
 
 
-def _layers(policy: Policy) -> list[torch.nn.Module]:
+def layers_of(policy: Policy) -> list[torch.nn.Module]:
     """The layers of a model, each gathered by itself while it is computed."""
     model, found = adapted.inner(policy.hf), list[torch.nn.Module]()
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
