@@ -3,8 +3,8 @@
     python benchmarks/footprints.py [--only NAME …]
 
 Models whose weights dominate are trained by the command line, by one process and by two with DDP and FSDP2, on a processor.
-Peaks are those that the kernel notes (VmHWM), the largest of the processes, above those of the same command that ends after the
-data stage. Each case is printed and written to benchmarks/results/footprints.json as it is done.
+Peaks are those that the kernel notes (VmHWM), the largest of the processes, above what a process
+takes that trains a model of next to nothing. Each case is printed and written to benchmarks/results/footprints.json as it is done.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TOKENS = 512
 # Qwen2's shape: hidden width, layers; then what differs from a whole model trained with AdamW, `TOKENS` at once
 CASES: dict[str, dict[str, Any]] = {
     "whole": {"hidden": 768, "layers": 6},
-    "whole-deep": {"hidden": 512, "layers": 14},
-    "whole-recomputed": {"hidden": 768, "layers": 6, "activation_checkpointing": True},
-    "whole-twice": {"hidden": 512, "layers": 14, "passes": 2},
-    "sgd": {"hidden": 1024, "layers": 4, "optimizer": "sgd"},
-    "sgd-recomputed": {"hidden": 512, "layers": 14, "optimizer": "sgd", "activation_checkpointing": True},
-    "lora": {"hidden": 1024, "layers": 6, "adapter": {"method": "lora", "r": 16}},
-    "lora-recomputed": {"hidden": 768, "layers": 10, "adapter": {"method": "lora", "r": 16}, "activation_checkpointing": True},
+    "lora": {"hidden": 768, "layers": 10, "adapter": {"method": "lora", "r": 16}},
+    "sgd": {"hidden": 1024, "layers": 3, "optimizer": "sgd"},
+    "recomputed": {"hidden": 512, "layers": 12, "activation_checkpointing": True},
+    "twice": {"hidden": 512, "layers": 12, "passes": 2},
+    "lora-recomputed": {"hidden": 1024, "layers": 5, "adapter": {"method": "lora", "r": 16}, "activation_checkpointing": True},
+    "sgd-recomputed": {"hidden": 512, "layers": 12, "optimizer": "sgd", "activation_checkpointing": True},
 }  # fmt: skip
+SMALL = {"hidden": 64, "layers": 1}
 WAYS = {"one": (1, None), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
 
 
@@ -42,7 +42,7 @@ def config(hidden: int, layers: int) -> Any:
 
     return Qwen2Config(
         vocab_size=shapes.VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, max_position_embeddings=512,
+        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), max_position_embeddings=512,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=shapes.END,
     )  # fmt: skip
 
@@ -77,13 +77,20 @@ def recipe(folder: Path, tokens: int, processes: int, case: dict[str, Any]) -> P
 
 
 def measured(folder: Path, tokens: int, processes: int, parallel: str | None, case: dict[str, Any]) -> int:
-    """The peak of the process that takes most, in bytes above imports."""
+    """The peak of the process that takes most."""
     file = recipe(folder, tokens, processes, case)
     words = [sys.executable, "-m", "temper", "run", str(file), "--out", str(folder / f"{parallel}")]
     if parallel is not None:
         words += ["--set", f"launch={{processes: {processes}, parallel: {parallel}}}"]
-    base, found = (peaks([*words, *more], folder, alone=parallel is None)[0] for more in (["--stages", "rows"], []))
-    return found - base
+    return peaks(words, folder, alone=parallel is None)[0]
+
+
+def taken_anyway(way: str) -> int:
+    """Peak of a process that trains next to nothing, above what is predicted of that: imports, rows, buffers of libraries."""
+    processes, parallel = WAYS[way]
+    with tempfile.TemporaryDirectory() as folder:
+        saved(Path(folder), SMALL["hidden"], SMALL["layers"])
+        return measured(Path(folder), WIDTH, processes, parallel, SMALL) - round(predicted(WIDTH, processes, parallel, SMALL).total)
 
 
 def predicted(tokens: int, processes: int, parallel: str | None, case: dict[str, Any]) -> Any:
@@ -108,6 +115,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "footprints.json")
     asked = parser.parse_args()
     out: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {}
+    anyway = {way: taken_anyway(way) for way in asked.ways}
+    out["taken_anyway_bytes"] = anyway
+    print({way: f"{size / 1e6:.0f} MB" for way, size in anyway.items()}, flush=True)
     for name in asked.only:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +125,7 @@ def main() -> None:
             for way in asked.ways:
                 processes, parallel = WAYS[way]
                 told = predicted(asked.tokens, processes, parallel, case)
-                real = measured(Path(folder), asked.tokens, processes, parallel, case)
+                real = measured(Path(folder), asked.tokens, processes, parallel, case) - anyway[way]
                 out[f"{name}/{way}"] = {"predicted_bytes": round(told.total), "measured_bytes": real, "parts": {k: round(v) for k, v in vars(told).items()}, "case": {**case, "tokens": asked.tokens}}  # fmt: skip
                 print(f"{name}, {way}: predicted {told.total / 1e6:.0f} MB, measured {real / 1e6:.0f} ({told.total / real - 1:+.0%})", {k: round(v / 1e6) for k, v in vars(told).items()}, flush=True)
                 asked.out.write_text(json.dumps(out, indent=1) + "\n")

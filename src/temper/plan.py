@@ -17,8 +17,8 @@ from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
 from temper.recipe import Recipe
 from temper.runfolder import Result, RunFolder, progress
-from temper.scaling.footprint import Setting
-from temper.scaling.machines import Machines, Way, setting_of, size_of, ways
+from temper.scaling.footprint import Setting, setting_of
+from temper.scaling.machines import Machines, Way, size_of, ways
 from temper.shapes import Size, size_of_pretrained
 from temper.stages.pretrain import Pretrain
 from temper.stages.sweep import Sweep
@@ -108,11 +108,12 @@ def elsewhere(recipe: Recipe, names: Sequence[str], machines: Machines, *, looke
     for name in found:
         stage: Any = recipe.stages[name]
         size, rows = _size(recipe, stage), predictor.rows(stage.data) if looked_at else None
-        width = row = None
+        width, row, scored = float(stage.row_tokens), None, 1.0
         if rows is not None:
-            width, row = max(stage.row_tokens, rows.tokens), predictor.row_tokens(name, stage, rows)
-        scored = 1.0 if rows is None else predictor.scored(stage, rows)
-        setting = setting_of(stage, machines.size, width=width, scored=scored, row=row)
+            width, row = max(width, rows.tokens), predictor.row_tokens(name, stage, rows)
+            scored = predictor.scored(stage, rows)
+        precision = "bf16" if stage.precision == "auto" else stage.precision
+        setting = setting_of(stage, machines.size, width=width, scored=scored, row=row, precision=precision, cards=True)
         trained = size.adapter(setting.adapter) if setting.adapter else size.parameters
         yield Elsewhere(name, size, trained, setting, ways(stage, size, setting, machines))
 

@@ -169,9 +169,7 @@ class Predictor:
         n = stage.epochs * (getattr(stage, "pairs", None) or used)
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
-        elif (
-            isinstance(stage, TrainReward) and stage.positive is not None
-        ):  # pairs: of half of the rows with the others
+        elif isinstance(stage, TrainReward) and stage.positive is not None:  # pairs: of half of the rows with the others
             n = stage.epochs * stage.pairs if stage.pairs else n / 2
         tokens = n * self.row_tokens(name, stage, rows)
         if size is None:
@@ -201,15 +199,14 @@ class Predictor:
 
     def _held(self, stage: Any, size: Size, rows: Rows) -> float | None:
         """Memory of training with full micro-batches; None where shapes do not tell it."""
-        cards = self.device.type == "cuda"
-        setting = footprint.Setting(
-            tokens=stage.micro_tokens, width=min(stage.micro_tokens, round(max(1, rows.tokens))), scored=self.scored(stage, rows),
-            precision=devices.precision(stage.precision, self.device), cards=cards, recompute=stage.activation_checkpointing,
-            optimizer=stage.optimizer, adapter=getattr(stage, "adapter", None), held=getattr(stage, "quantize", None),
+        launch, width = self.recipe.launch, min(stage.micro_tokens, rows.tokens)
+        setting = footprint.setting_of(
+            stage, launch.processes, width=width, scored=self.scored(stage, rows), row=None,
+            precision=devices.precision(stage.precision, self.device), cards=self.device.type == "cuda",
         )  # fmt: skip
-        n = self.recipe.launch.processes
+        parallel = launch.parallel if launch.processes > 1 else None
         with contextlib.suppress(ModelError):
-            return self.floor + footprint.of(size.make, setting, self.recipe.launch.parallel if n > 1 else None, n).total
+            return self.floor + footprint.of(size.make, setting, parallel, launch.processes).total
         return None
 
     def scored(self, stage: Any, rows: Rows) -> float:
@@ -235,9 +232,8 @@ class Predictor:
         tokens = len(stage.models) * (n * rows.tokens + new)
         sizes = [s for m in stage.models if (s := self.size(m)) is not None]
         memory = self.floor + 1.5 * max(4 * s.parameters for s in sizes) if sizes else None
-        disk = n * (
-            4 * rows.tokens + 2 * max(way.max_new_tokens for way in stage.ways.values()) * len(stage.entries)
-        )  # the first answer is kept
+        longest = max(way.max_new_tokens for way in stage.ways.values())
+        disk = n * (4 * rows.tokens + 2 * longest * len(stage.entries))  # the first answer is kept
         if before is not None and before["examples"]:
             config = before["config"]
             ways = (config.get("decodings") or {"": config["decoding"]}).values()
@@ -294,10 +290,8 @@ class Predictor:
             return Cost(basis="nothing: how long its samples get is not known before it ran once")
         more, disk = self._ratio(name, stage, info), info["bytes_on_disk"]
         if more is None:
-            return Cost(
-                memory_bytes=info["peak_memory_bytes"], disk_bytes=disk, basis="an earlier result of another size"
-            )
-        tokens = None if info["tokens"] is None else more * info["tokens"]
+            return Cost(None, None, info["peak_memory_bytes"], None, disk, "an earlier result of another size")
+        tokens = info["tokens"] and more * info["tokens"]
         return Cost(tokens, more * info["seconds"], info["peak_memory_bytes"], None, disk, "an earlier result")
 
     def _ratio(self, name: str, stage: Any, info: dict[str, Any]) -> float | None:
@@ -315,9 +309,7 @@ class Predictor:
             steps *= getattr(stage, "rounds", 1) * getattr(stage, "policies", 1)
         samples = then["batch_size"] * then["accumulation"] * then["completions"] * (info["steps"] or 0)
         before = samples * then["decoding"]["max_new_tokens"]
-        return (
-            steps * prompts * stage.completions * stage.decoding.max_new_tokens / before if steps and before else None
-        )
+        return steps * prompts * stage.completions * stage.decoding.max_new_tokens / before if steps and before else None
 
     def _download(self, name: str) -> float | None:
         """Bytes still to come from the hub for one stage; None where that cannot be told."""
@@ -333,9 +325,7 @@ class Predictor:
         except TemperError:
             return None
         found = [
-            0.0
-            if kind == "model" and (self.recipe.folder / repo).is_dir()
-            else bytes_to_fetch(repo, revision, kind, part)
+            0.0 if kind == "model" and (self.recipe.folder / repo).is_dir() else bytes_to_fetch(repo, revision, kind, part)
             for repo, revision, kind, part in wanted
         ]
         return None if any(f is None for f in found) else sum(f for f in found if f is not None)
@@ -353,9 +343,8 @@ def _written(stage: Generate, rows: Rows | None) -> Rows | None:
 def _earlier(folder: RunFolder) -> list[dict[str, Any]]:
     """stage.json of every finished stage in the folder, those set aside included, the present ones first."""
     out = []
-    for path in sorted(
-        folder.path.glob("*/stage.json") if folder.path.is_dir() else [], key=lambda p: ("@" in p.parent.name, p)
-    ):
+    there = folder.path.glob("*/stage.json") if folder.path.is_dir() else []
+    for path in sorted(there, key=lambda p: ("@" in p.parent.name, p)):
         with contextlib.suppress(OSError, ValueError):
             out.append(read_json(path))
     return out

@@ -66,7 +66,6 @@ def plan(
     from temper.scaling.machines import Machines
 
     target = Machines(machines or 1, gpus or 1, memory * 1e9, flops * 1e12, link * 1e9, network * 1e9)
-    over: dict[str, Any] = {} if model is None else {"model": model}
     how: dict[str, Any] = {"overlays": config, "sets": sets, "overrides": {} if model is None else {"model": model}}
     if recipe is not None:
         loaded = recipes.load(recipe, profile=profile, **how)

@@ -16,7 +16,19 @@ import typer
 
 from temper import stopping, terminal
 from temper.cli.base import (
-    WORDS, Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app, chosen, names,
+    WORDS,
+    Debug,
+    Force,
+    Out,
+    Overlays,
+    Profile,
+    RecipeName,
+    Sets,
+    Skip,
+    Stages,
+    app,
+    chosen,
+    names,
 )  # fmt: skip
 from temper.errors import RecipeError, RunError, nearest
 

@@ -155,7 +155,8 @@ class Wrapped:
         self.skeleton: Any = None
         self.kind = type(policy)
         if world.parallel == "fsdp":
-            devices.keep_memory(False)  # memory is what spreading is for; the next stage sets it anew
+            devices.keep_memory(False)  # memory is what spreading is for; the next stage sets both anew
+            torch.set_autocast_cache_enabled(False)  # it would hold the whole model in half precision till a pass is over
             self.skeleton = copy.deepcopy(policy.hf).to("meta")
             for layer in layers_of(policy):
                 fully_shard(layer)

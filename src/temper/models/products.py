@@ -188,7 +188,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def place(tensor: torch.Tensor) -> tuple[int, int]:
     """Where a tensor begins: its memory, and how far into it. Fake tensors, which have no address, have this."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 class Halves:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import AttentionInterface
 
 from temper.engine import device as devices
+from temper.engine.settings import ON_A_CARD
 from temper.errors import ModelError
-from temper.models import adapted, adapters, products, quantized, remade, segments
+from temper.models import adapted, adapters, products, quantized, remade, segments, seq2seq
 from temper.models.methods import Adapter
-from temper.models.scores import Policy, chunk_of
+from temper.models.scores import Policy, chunk_of, head_of
 from temper.scaling.gathering import Gathering
 from temper.scaling.heap import Heap, Noted
 from temper.trees import Row, chain, join
@@ -59,7 +60,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process when it holds most.
+    """Bytes of one process in the moment when it holds most: gradients come as activations go.
 
     `exchanged`: DDP's buckets, or what FSDP2 holds of whole layers beside its shards; `holes`: what the heap of a processor
     keeps between tensors.
@@ -96,6 +97,24 @@ class _Shapes(Policy):
                 stack.enter_context(remade.kept_less(self.hf))
             out = backbone(**given, position_ids=row.pos.view(1, -1), attention_mask=mask, use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, row.src)  # type: ignore[no-any-return]
+
+    def _hidden(self, row: Row) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Of an encoder–decoder prompts and answers stand in as many lines, as `seq2seq` has them."""
+        if not self.apart:
+            return super()._hidden(row)
+        model, (_, head), scored = self.inner, head_of(self.inner), len(row.tgt)
+        lines = max(1, len(row.ids) // seq2seq.LANE)
+        prompts, answers = (row.ids.new_zeros(lines, max(1, n // lines)) for n in (len(row.ids) - scored, scored))
+        with products.own_products(self.hf, self._halves), remade.kept_less(self.hf):
+            read = model.get_encoder()(input_ids=prompts).last_hidden_state
+            out = model.get_decoder()(input_ids=answers, encoder_hidden_states=read, use_cache=False)
+        states = out.last_hidden_state.flatten(0, 1)
+
+        def logits(h: torch.Tensor) -> torch.Tensor:
+            given: Any = {"decoder_inputs_embeds": h[None], "encoder_outputs": (h[None],)}
+            return head(**given, use_cache=False).logits.squeeze(0).float()  # type: ignore[no-any-return]
+
+        return torch.nn.functional.pad(states, (0, 0, 0, scored - len(states))), logits
 
     @property
     def chunk(self) -> int:
@@ -135,6 +154,24 @@ def _keys(setting: Setting) -> int:
     return 0 if setting.cards or scores > segments.KEPT * width else round(scores / width)
 
 
+def setting_of(stage: Any, n: int, *, width: float, scored: float, row: float | None, precision: str, cards: bool) -> Setting:
+    """How `n` processes train a stage.
+
+    Args:
+        width: tokens of an example, scored as a share of it.
+        row: tokens of an example of a batch, by which those of a step are counted; None: one full micro-batch a process.
+    """
+    most = stage.micro_tokens if not cards or "micro_tokens" in stage.model_fields_set else ON_A_CARD
+    each, wide = float(most), max(1, round(width))
+    if row is not None:
+        each = max(row, stage.batch_size * stage.accumulation * getattr(stage, "completions", 1) * row / n)
+    return Setting(
+        tokens=max(wide, round(min(most, each))), width=wide, scored=scored, passes=max(1, math.ceil(each / most)), precision=precision,
+        cards=cards, recompute=stage.activation_checkpointing, optimizer=stage.optimizer, adapter=getattr(stage, "adapter", None),
+        held=getattr(stage, "quantize", None),
+    )  # fmt: skip
+
+
 def of(make: Callable[[], Any], setting: Setting, parallel: Parallel | None = None, size: int = 1) -> Footprint:
     """What each of `size` processes holds.
 
@@ -142,8 +179,7 @@ def of(make: Callable[[], Any], setting: Setting, parallel: Parallel | None = No
         make: a model whose weights may be left empty.
 
     Raises:
-        ModelError: the model cannot take the adapter; or what it computes hangs on the content of tensors, not on shapes
-            alone (mixtures of experts).
+        ModelError: the model cannot take the adapter; or it is a mixture of experts.
     """
     last = _noted(make, setting, parallel, size)
     shared = size if parallel == "fsdp" else 1
@@ -188,15 +224,8 @@ def _noted(make: Callable[[], Any], setting: Setting, parallel: Parallel | None,
             for tensor in [*policy.parameters(), *policy.buffers()]:
                 noted.piece(tensor)
             noted.events.clear()  # they are there from the beginning, and to the end
-            try:
-                with noted:
-                    _forth_and_back(noted, policy, row, setting, parallel, size)
-            except DynamicOutputShapeException as error:
-                raise ModelError(
-                    f"what {policy.inner.config.model_type} computes hangs on the content of its tensors ({error}), so that "
-                    "shapes alone do not tell its memory",
-                    do="run a step of it, and look at peak_memory_bytes in stage.json",
-                ) from None
+            with noted:
+                _forth_and_back(noted, policy, row, setting, parallel, size)
             for p in trained:  # those of a step that is through, told from what lay between
                 if p.grad is not None:
                     noted.piece(p.grad, "gradients")
@@ -216,14 +245,16 @@ def _heap(once: _Pass, again: _Pass, setting: Setting, parallel: Parallel | None
         heap.hold("buckets", _buckets(once.trained))
     heap.play("probe", first)
     heap.play("probe again", later)
-    heap.drop("probe"), heap.drop("probe again")
+    heap.drop("probe")
+    heap.drop("probe again")
     for step in range(3):
         heap.play("step", first)
         if setting.passes > 1:
             heap.play("more", later)
         if step == 0 and moment:
             heap.hold("moments", [moment * n for n in once.trained for _ in range(2)])
-        heap.drop("step"), heap.drop("more")
+        heap.drop("step")
+        heap.drop("more")
     return float(heap.most)
 
 
@@ -240,9 +271,11 @@ def _buckets(trained: list[int]) -> list[float]:
 
 def _tried(policy: Policy) -> None:
     """What `models` finds out by trying is found out on real tensors, before it meets fake ones."""
-    products.sound(torch.float32), products.sound(torch.bfloat16)
+    for dtype in products.DTYPES:
+        products.sound(dtype)
     for module in policy.modules():
-        remade.is_norm(module), remade.is_gated(module)
+        for tried in (remade.is_norm, remade.is_gated):
+            tried(module)
 
 
 def _row(setting: Setting) -> Row:
@@ -280,7 +313,14 @@ def _opened(make: Callable[[], Any], setting: Setting) -> _Shapes:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = _Shapes(hf)
     policy.cards = setting.cards
-    policy.inner.set_attn_implementation(ATTENTION)
+    if any("experts" in name for name, _ in policy.inner.named_modules()):
+        raise ModelError(
+            f"what {policy.inner.config.model_type} computes hangs on the content of its tokens, which choose experts: shapes alone do "
+            "not tell its memory and time",
+            do="run a step of it, and look at peak_memory_bytes in stage.json",
+        )
+    if not policy.apart:  # whose attention is transformers' own
+        policy.inner.set_attn_implementation(ATTENTION)
     policy.train()
     return policy
 
@@ -294,7 +334,12 @@ def _forth_and_back(noted: Noted, policy: _Shapes, row: Row, setting: Setting, p
                 noted.hold(4.0 * p.numel() / size, "gradients")
             else:
                 p.grad = torch.empty_like(p)
-    with devices.autocast(torch.device("cpu"), setting.precision):
-        loss = policy(row).sum()
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(parallel != "fsdp")
+    try:
+        with devices.autocast(torch.device("cpu"), setting.precision):
+            loss = policy(row).sum()
+    finally:
+        torch.set_autocast_cache_enabled(before)
     with products.added_in_place(size == 1):
         loss.backward()

@@ -110,24 +110,6 @@ def size_of(name: str, folder: Path, *, trust_remote_code: bool = False) -> Size
         raise ModelError(f"{name} has no configuration that transformers knows: {str(error).splitlines()[0][:120]}", do="name a folder with a config.json, or a hub id") from None  # fmt: skip
 
 
-def setting_of(stage: Any, n: int, *, width: float | None, scored: float, row: float | None) -> Setting:
-    """How a stage trains on cards.
-
-    Args:
-        width: tokens of an example, scored as a share of it; None: rows that are full.
-        row: tokens of an example of a batch, by which a step's tokens are counted; None: one full micro-batch a process.
-    """
-    given = stage.model_fields_set
-    most = stage.micro_tokens if "micro_tokens" in given else 4096
-    each = most if row is None else max(row, stage.batch_size * stage.accumulation * getattr(stage, "completions", 1) * row / n)
-    wide = round(width or stage.row_tokens)
-    return Setting(
-        tokens=max(wide, round(min(most, each))), width=wide, scored=scored, passes=max(1, math.ceil(each / most)),
-        precision="bf16" if stage.precision == "auto" else stage.precision, cards=True, recompute=stage.activation_checkpointing,
-        optimizer=stage.optimizer, adapter=getattr(stage, "adapter", None), held=getattr(stage, "quantize", None),
-    )  # fmt: skip
-
-
 def ways(stage: Any, size: Size, setting: Setting, machines: Machines) -> list[Way]:
     """DDP and FSDP2; of one card the one way there is.
 
