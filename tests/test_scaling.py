@@ -287,7 +287,7 @@ def test_predicted_memory_is_within_fifteen_per_cent(way: str, tmp_path: Path, m
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    case = bench.CASES["recomputed" if way == "fsdp" else "lora" if way == "ddp" else "sgd"]
+    case = bench.CASES[{"one": "recomputed", "ddp": "lora", "fsdp": "sgd"}[way]]
     processes, parallel = bench.WAYS[way]
     bench.saved(tmp_path, case["hidden"], case["layers"])
     real = bench.measured(tmp_path, bench.TOKENS, processes, parallel, case) - bench.taken_anyway(way)

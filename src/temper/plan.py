@@ -90,6 +90,12 @@ class Elsewhere:
     setting: Setting
     ways: list[Way]
 
+    def advice(self, machines: Machines) -> str:
+        """What would help where nothing fits."""
+        if min(way.held.start for way in self.ways) > machines.room:
+            return "every card reads the whole model before it is spread, and must have room for that: larger cards, or an adapter"
+        return f"{'fewer micro_tokens, an adapter' if self.setting.recompute else 'activation_checkpointing: true, fewer micro_tokens'}, or more cards"
+
 
 def elsewhere(recipe: Recipe, names: Sequence[str], machines: Machines, *, looked_at: bool = True) -> Iterator[Elsewhere]:
     """Memory and time of those of some stages that all processes train together, on graphics cards of other machines.

@@ -140,7 +140,7 @@ def _elsewhere(recipe: Recipe, given: bool, target: Machines, names: Sequence[st
         terminal.say(f"{s.passes} × {s.tokens} tokens a card and step, examples of {s.width}, {s.scored:.0%} of them scored")
         _ways(found.ways, target, s.tokens * s.passes * target.size)
         if not any(way.fits(target) for way in found.ways):
-            terminal.say(f"neither fits: {'fewer micro_tokens, an adapter' if s.recompute else 'activation_checkpointing: true, fewer micro_tokens'}, or more cards")
+            terminal.say(f"none fits: {found.advice(target)}")
     for line in target.assumed:
         terminal.say(line)
 
@@ -153,6 +153,7 @@ def _ways(ways: Sequence[Way], target: Machines, tokens: int) -> None:
     if any(way.cache for way in ways):
         rows.append(row("whole copy to sample", [terminal.size(way.copy) for way in ways]))
         rows.append(row("cache of samples", [terminal.size(way.cache) for way in ways]))
+    rows.append(row("whole model, read at first", [terminal.size(way.held.start) for way in ways]))
     rows.append(row("at its fullest", [terminal.size(way.memory) for way in ways]))
     rows.append(row("fits", ["yes" if way.fits(target) else "no" for way in ways]))
     rows.append(row("computing", [f"{way.computing:.3g} s" for way in ways]))

@@ -157,7 +157,7 @@ class Wrapped:
         if world.parallel == "fsdp":
             devices.keep_memory(False)  # memory is what spreading is for; the next stage sets both anew
             torch.set_autocast_cache_enabled(False)  # it would hold the whole model in half precision till a pass is over
-            self.skeleton = copy.deepcopy(policy.hf).to("meta")
+            self.skeleton = copy.deepcopy(policy.hf, _without_memory(policy.hf))
             for layer in layers_of(policy):
                 fully_shard(layer)
             fully_shard(policy)
@@ -231,6 +231,12 @@ class Wrapped:
             _set(model, name, buffer.detach().clone(), buffer=True)
         adapted.inner(model).tie_weights()
         return model
+
+
+def _without_memory(model: torch.nn.Module) -> dict[int, Any]:
+    """What `deepcopy` takes in the place of a model's tensors: others of their shapes, on the device meta."""
+    parameters = {id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return parameters | {id(b): b.detach().to("meta") for b in model.buffers()}
 
 
 def layers_of(policy: Policy) -> list[torch.nn.Module]:

@@ -34,7 +34,7 @@ from temper.world import Parallel
 # Bytes that an optimiser keeps for each trained weight; Adafactor's rows and columns are next to nothing.
 MOMENTS = {"adamw": 8.0, "sgd": 0.0, "adafactor": 0.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
 BUCKETS = (2**20, 25 * 2**20)  # bytes of DDP's first bucket of gradients, and of each other one
-SYNC = 250 * 2**20  # bytes of weights that DDP compares at once when it begins
+SYNC = 2 * 250 * 2**20  # bytes of weights that DDP sends round at once when it begins
 ATTENTION = "temper_shapes"
 
 
@@ -63,7 +63,7 @@ class Footprint:
     """Bytes of one process in the moment when it holds most: gradients come as activations go.
 
     `exchanged`: DDP's buckets, or what FSDP2 holds of whole layers beside its shards; `holes`: what the heap of a processor
-    keeps between tensors.
+    keeps between tensors; `start`: before the first step, when every process has read the whole model, which FSDP2 then spreads.
     """
 
     weights: float
@@ -71,11 +71,13 @@ class Footprint:
     optimizer: float
     activations: float
     exchanged: float
+    start: float
     holes: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.exchanged + self.holes
+        step = self.weights + self.gradients + self.optimizer + self.activations + self.exchanged + self.holes
+        return max(step, self.start)
 
 
 class _Shapes(Policy):
@@ -186,7 +188,8 @@ def of(make: Callable[[], Any], setting: Setting, parallel: Parallel | None = No
     trained, most = 4.0 * sum(last.trained), last.noted.most()
     buckets = trained if parallel == "ddp" else 0.0
     moments = MOMENTS[setting.optimizer] / 4 * trained / shared
-    found = Footprint(last.weights / shared, most["gradients"], moments, most["activations"], most["exchanged"] + buckets)
+    start = last.weights * (1 + (1 / size if parallel == "fsdp" else 0)) + (min(SYNC, last.weights) if parallel == "ddp" else 0)
+    found = Footprint(last.weights / shared, most["gradients"], moments, most["activations"], most["exchanged"] + buckets, start)
     if setting.cards or parallel == "fsdp" or setting.held:  # no heap, or one that keeps nothing
         return found
     once, again = (
@@ -238,9 +241,9 @@ def _heap(once: _Pass, again: _Pass, setting: Setting, parallel: Parallel | None
     As in a stage: two passes that measure, then steps; moments come with the first.
     """
     heap, moment = Heap(), MOMENTS[setting.optimizer] / 2
-    first, later = once.noted.events, again.noted.events
+    first, later = once.noted.events, again.noted.events[len(again.trained) :]  # whose gradients those of `first` are
     if parallel == "ddp":
-        heap.take("sync", min(SYNC, 4 * sum(once.trained)))
+        heap.take("sync", min(SYNC, once.weights))
         heap.give("sync")
         heap.hold("buckets", _buckets(once.trained))
     heap.play("probe", first)
@@ -327,7 +330,7 @@ def _opened(make: Callable[[], Any], setting: Setting) -> _Shapes:
 
 def _forth_and_back(noted: Noted, policy: _Shapes, row: Row, setting: Setting, parallel: Parallel | None, size: int) -> None:
     if parallel == "fsdp":
-        Gathering(noted, policy, size)
+        Gathering(noted, policy, size, gloo=not setting.cards)
     for p in policy.parameters():
         if p.requires_grad and setting.passes > 1:  # earlier passes have left gradients
             if parallel == "fsdp":

@@ -22,10 +22,13 @@ class Gathering:
     there; backwards, when the layer before it is gathered ahead, that one's buffer. Of a layer whose gradients are complete:
     these, and the buffer from which they go out, kept until the next go. The root (embeddings, head, last norm) is held
     from first to last.
+
+    Args:
+        gloo: it copies whatever it gathers and scatters.
     """
 
-    def __init__(self, noted: Noted, policy: Policy, size: int) -> None:
-        self.noted, self.size = noted, size
+    def __init__(self, noted: Noted, policy: Policy, size: int, *, gloo: bool) -> None:
+        self.noted, self.size, self.gloo = noted, size, gloo
         self.parameters = {k: list(layer.parameters()) for k, layer in enumerate(layers_of(policy))}
         inner = {id(p) for some in self.parameters.values() for p in some}
         self.parameters[ROOT] = [p for p in policy.parameters() if id(p) not in inner]
@@ -42,6 +45,12 @@ class Gathering:
         self._let_go(name)
         self.held[name] = (self.noted.hold(size, "exchanged"), size)
 
+    def _exchange(self, name: Any, size: float) -> None:
+        self._hold(name, size)
+        if self.gloo:
+            self._hold("copy", size)
+            self._let_go("copy")
+
     def _let_go(self, name: Any) -> None:
         if name in self.held:
             self.noted.let_go(*self.held.pop(name))
@@ -50,7 +59,7 @@ class Gathering:
         return float(sum(p.numel() * p.element_size() for p in self.parameters[k]))
 
     def _gather(self, k: int) -> None:
-        self._hold("gathered", self._bytes(k))
+        self._exchange("gathered", self._bytes(k))
         self._hold(k, self._bytes(k))
 
     def _before(self, k: int, *_: Any) -> None:
@@ -71,7 +80,7 @@ class Gathering:
         self._let_go("gathered")
         self._hold(k, self._bytes(k))
         if k:
-            self._hold("gathered", self._bytes(k - 1))
+            self._exchange("gathered", self._bytes(k - 1))
 
     def _follow(self, k: int, trained: list[nn.Parameter]) -> None:
         left = len(trained)
@@ -87,11 +96,12 @@ class Gathering:
 
     def _scatter(self, k: int, trained: list[nn.Parameter]) -> None:
         size = 4.0 * sum(p.numel() for p in trained)
-        self._hold("leaving", size)
         for p in trained:
             if p.grad is not None:
                 self.noted.piece(p.grad, "exchanged")
-            p.grad = None
         self.noted.hold(size / self.size, "gradients")
+        self._exchange("leaving", size)
+        for p in trained:
+            p.grad = None
         if k != ROOT:
             self._let_go(k)

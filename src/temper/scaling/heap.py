@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 ALIGNED = 64  # bytes: torch's tensors on processors
 SPARE = ALIGNED + 32  # bytes more than it will have that glibc looks for when it is asked for an aligned piece
+# Products in float32 for which oneDNN lays out a matrix anew, and which of their arguments that is.
+BY_ONEDNN = {torch.ops.mkldnn._linear_pointwise.default: 1, torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}
 Event = tuple[int, float]  # (which piece, bytes taken; negative: given back)
 
 
@@ -29,8 +31,8 @@ class Noted(TorchDispatchMode):
         self._number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.mkldnn._linear_pointwise.default:  # oneDNN lays the weight out anew for each product
-            size = args[1].untyped_storage().nbytes()
+        if func in BY_ONEDNN and args[BY_ONEDNN[func]].dtype == torch.float32:
+            size = 4.0 * args[BY_ONEDNN[func]].numel()
             self.let_go(self.hold(size), size)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

@@ -44,6 +44,11 @@ class Machines:
         return self.machines * self.gpus
 
     @property
+    def room(self) -> float:
+        """Bytes of a card that training may take."""
+        return (1 - ASIDE) * self.memory
+
+    @property
     def slowest(self) -> float:
         """Bytes per second and card in a ring through all of them."""
         return self.link if self.machines == 1 else min(self.link, self.network)
@@ -83,7 +88,7 @@ class Way:
         return max(self.computing, self.exchanging), self.computing + self.exchanging
 
     def fits(self, machines: Machines) -> bool:
-        return self.memory <= (1 - ASIDE) * machines.memory
+        return self.memory <= machines.room
 
 
 def size_of(name: str, folder: Path, *, trust_remote_code: bool = False) -> Size:
