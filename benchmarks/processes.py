@@ -30,8 +30,8 @@ ALONE = (
 )
 
 
-def peaks(words: list[str], folder: Path) -> list[int]:
-    """Peak bytes of each process that a command starts, the largest first."""
+def peaks(words: list[str], folder: Path, *, alone: bool = False) -> list[int]:
+    """Peak bytes of each process that a command starts, the largest first; `alone`: of the command itself."""
     found: dict[int, int] = {}
     env = os.environ | {"PYTHONPATH": str(HERE.parent / "src"), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
@@ -39,14 +39,15 @@ def peaks(words: list[str], folder: Path) -> list[int]:
 
         def watch() -> None:
             while process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
+                parent = psutil.Process(process.pid)
+                for child in [parent] if alone else parent.children(recursive=True):
                     try:
                         status = Path(f"/proc/{child.pid}/status").read_text()
                         ranked = b"RANK=" in Path(f"/proc/{child.pid}/environ").read_bytes()
                     except (OSError, psutil.Error):
                         continue
                     line = next((x for x in status.splitlines() if x.startswith("VmHWM")), "")
-                    if line and ranked:
+                    if line and (ranked or alone):
                         found[child.pid] = max(found.get(child.pid, 0), int(line.split()[1]) * 1024)
                 time.sleep(0.05)
 

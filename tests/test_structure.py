@@ -27,7 +27,7 @@ ORDER = [
     "errors", "types", "wording", "stopping", "world", "registry", "address", "overlay", "validation", "trackers", "references", "recipe", "runfolder",
     "hub", "terminal", "manifest", "job", "pipeline",
     "trees", "data", "models", "losses", "advantages", "merging", "metrics", "rewards", "statistics", "rollouts", "engine", "stages",
-    "shapes", "predict", "plan", "report", "tracking", "launch", "app", "chat", "serve", "export", "fields", "doctor", "cli", "__main__",
+    "shapes", "scaling", "predict", "plan", "report", "tracking", "launch", "app", "chat", "serve", "export", "fields", "doctor", "cli", "__main__",
 ]  # fmt: skip
 # Where less is allowed than the order says.
 ONLY = {
@@ -59,7 +59,9 @@ LATE = {"bitsandbytes", "pynvml", "huggingface_hub", "datasets", "fsspec", "roug
 QUICK = {
     "temper",
     "temper.cli",
+    "temper.cli.planning",
     "temper.cli.runs",
+    "temper.cli.base",
     "temper.cli.trained",
     "temper.fields",
     "temper.doctor",

@@ -12,11 +12,16 @@ from typing import Any
 
 from temper import pipeline
 from temper import recipe as recipes
-from temper.errors import TemperError
+from temper.errors import RecipeError, TemperError
 from temper.pipeline import Choice
 from temper.predict import Cost, Predictor
 from temper.recipe import Recipe
 from temper.runfolder import Result, RunFolder, progress
+from temper.scaling.footprint import Setting, setting_of
+from temper.scaling.machines import Machines, Way, size_of, ways
+from temper.shapes import Size, size_of_pretrained
+from temper.stages.pretrain import Pretrain
+from temper.stages.sweep import Sweep
 
 CACHED, RUNS, GOES_ON, STOPS = "cached", "runs", "goes on", "stops"
 SHOWN = 4  # changed keys named in full
@@ -73,6 +78,62 @@ def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
         else:
             steps.append(Step(name, kind, *_why(recipe, name, target, keys, forced=name in choice.force), cost))
     return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """A stage on machines that are elsewhere; `trained` parameters."""
+
+    name: str
+    size: Size
+    trained: int
+    setting: Setting
+    ways: list[Way]
+
+    def advice(self, machines: Machines) -> str:
+        """What would help where nothing fits."""
+        if min(way.held.start for way in self.ways) > machines.room:
+            return "every card reads the whole model before it is spread, and must have room for that: larger cards, or an adapter"
+        return f"{'fewer micro_tokens, an adapter' if self.setting.recompute else 'activation_checkpointing: true, fewer micro_tokens'}, or more cards"
+
+
+def elsewhere(recipe: Recipe, names: Sequence[str], machines: Machines, *, looked_at: bool = True) -> Iterator[Elsewhere]:
+    """Memory and time of those of some stages that all processes train together, on graphics cards of other machines.
+
+    Args:
+        looked_at: rows are looked at, where there are any, to tell how long they are and how many tokens a step has.
+
+    Raises:
+        RecipeError: none of the stages is trained by several processes.
+        ModelError: a model has no configuration, or its shapes do not tell what it takes.
+    """
+    predictor = Predictor(dataclasses.replace(recipe, device="cpu"), RunFolder(Path()))
+    found = [name for name in names if getattr(recipe.stages[name], "together", False)]
+    if not found:
+        raise RecipeError("none of these stages is trained by several processes", do="name one that trains: --stages sft")
+    for name in found:
+        stage: Any = recipe.stages[name]
+        size, rows = _size(recipe, stage), predictor.rows(stage.data) if looked_at else None
+        width, row, scored = float(stage.row_tokens), None, 1.0
+        if rows is not None:
+            width, row = max(width, rows.tokens), predictor.row_tokens(name, stage, rows)
+            scored = predictor.scored(stage, rows)
+        precision = "bf16" if stage.precision == "auto" else stage.precision
+        setting = setting_of(stage, machines.size, width=width, scored=scored, row=row, precision=precision, cards=True)
+        trained = size.adapter(setting.adapter) if setting.adapter else size.parameters
+        yield Elsewhere(name, size, trained, setting, ways(stage, size, setting, machines))
+
+
+def _size(recipe: Recipe, stage: Any) -> Size:
+    """The size of what a stage trains, followed back to the model that was there first."""
+    while not isinstance(stage, Pretrain):
+        name = str(recipe.model if stage.model == "base" else stage.model)
+        if name not in recipe.stages:
+            return size_of(name, recipe.folder, trust_remote_code=recipe.trust_remote_code)
+        stage = recipe.stages[name]
+        if isinstance(stage, Sweep):
+            stage = recipe.stages[stage.giver(recipe) or ""]
+    return size_of_pretrained(stage)
 
 
 def _said(error: TemperError) -> str:

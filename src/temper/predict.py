@@ -16,10 +16,11 @@ from temper import address, hub, shapes
 from temper.data import sources
 from temper.engine import device as devices
 from temper.engine.settings import Validated
-from temper.errors import TemperError
+from temper.errors import ModelError, TemperError
 from temper.hub import bytes_to_fetch
 from temper.recipe import Recipe
 from temper.runfolder import Result, RunFolder, read_json
+from temper.scaling import footprint
 from temper.shapes import Rows, Size
 from temper.stages.classifier import TrainClassifier
 from temper.stages.data import Data
@@ -35,7 +36,6 @@ from temper.stages.sweep import Sweep
 ROWS_PER_SECOND = 3000  # of a data stage: cleaned, split and checked for leaks
 EFFICIENCY = 0.4  # of the measured matrix products that a whole step reaches
 STEP_SECONDS = 0.002  # Python's share of decoding one token of a batch, and again for every layer
-FRAGMENTED = 4  # a CPU's allocator keeps several times what is live when shapes vary: 3 to 8 times were seen
 TRIALS_LOOKED_AT = 32  # of a sweep
 LOAD_SECONDS = 2.0  # of any stage with a model: loading it and proving its layout
 
@@ -169,23 +169,19 @@ class Predictor:
         n = stage.epochs * (getattr(stage, "pairs", None) or used)
         if stage.max_steps:
             n = stage.max_steps * stage.batch_size * stage.accumulation
-        elif (
-            isinstance(stage, TrainReward) and stage.positive is not None
-        ):  # pairs: of half of the rows with the others
+        elif isinstance(stage, TrainReward) and stage.positive is not None:  # pairs: of half of the rows with the others
             n = stage.epochs * stage.pairs if stage.pairs else n / 2
-        tokens = n * self._row_tokens(name, stage, rows)
+        tokens = n * self.row_tokens(name, stage, rows)
         if size is None:
             return Cost(tokens, basis=f"{rows.basis}; the model is not known")
         adapter = getattr(stage, "adapter", None)
         trained = size.adapter(adapter) if adapter else size.parameters
         saved = 4 * trained * bool(adapter) + 4 * size.parameters * (adapter is None or getattr(stage, "merge", True))
         kept = 12 * trained * stage.keep_checkpoints + 4 * trained * stage.keep_best  # weights and two moments
-        work = shapes.activation_bytes(size, stage.micro_tokens, recompute=stage.activation_checkpointing)
-        held = work * (FRAGMENTED if self.device.type == "cpu" else 1)
-        memory = self.floor + size.bytes(getattr(stage, "quantize", None)) + 12 * trained + held
+        memory = self._held(stage, size, rows)
         if before is not None and before["tokens"] and before["parameters"]:
             every = size.parameters + trained * bool(adapter)
-            if before["parameters"] >= every:
+            if before["parameters"] >= every and memory is not None:
                 memory = max(memory, before["peak_memory_bytes"] or 0)
             rate = before["tokens"] / before["seconds"] * before["parameters"] / every
             seconds, basis = tokens / rate, f"{rate:,.0f} tokens/s of an earlier result"
@@ -193,7 +189,7 @@ class Predictor:
             precision = devices.precision(stage.precision, self.device)
             rate = shapes.matrix_rate(self.device, precision, stage.micro_tokens, size.hidden)
             flops = shapes.training_flops(
-                size, scored=self._scored(stage, rows), adapter=bool(adapter),
+                size, scored=self.scored(stage, rows), adapter=bool(adapter),
                 head_trained=adapter is None, width=max(stage.row_tokens, rows.tokens),
                 recompute=stage.activation_checkpointing,
             )  # fmt: skip
@@ -201,13 +197,25 @@ class Predictor:
             basis = f"{rate / 1e9:,.0f} GFLOP/s measured here in {precision}"
         return Cost(tokens, seconds, memory, None, saved + kept, f"{basis}; {rows.basis}")
 
-    def _scored(self, stage: Any, rows: Rows) -> float:
+    def _held(self, stage: Any, size: Size, rows: Rows) -> float | None:
+        """Memory of training with full micro-batches; None where shapes do not tell it."""
+        launch, width = self.recipe.launch, min(stage.micro_tokens, rows.tokens)
+        setting = footprint.setting_of(
+            stage, launch.processes, width=width, scored=self.scored(stage, rows), row=None,
+            precision=devices.precision(stage.precision, self.device), cards=self.device.type == "cuda",
+        )  # fmt: skip
+        parallel = launch.parallel if launch.processes > 1 else None
+        with contextlib.suppress(ModelError):
+            return self.floor + footprint.of(size.make, setting, parallel, launch.processes).total
+        return None
+
+    def scored(self, stage: Any, rows: Rows) -> float:
         """The share of tokens that go through the projection to the vocabulary, which a classifier does not have."""
         if isinstance(stage, TrainClassifier | TrainReward):
             return 0.0
         return 1.0 if isinstance(stage, Pretrain) else rows.answer / rows.tokens
 
-    def _row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
+    def row_tokens(self, name: str, stage: Any, rows: Rows) -> float:
         """Tokens of a row: counted where the stage ran on the same rows before, else estimated."""
         for info in self.earlier:
             config = info["config"]
@@ -224,9 +232,8 @@ class Predictor:
         tokens = len(stage.models) * (n * rows.tokens + new)
         sizes = [s for m in stage.models if (s := self.size(m)) is not None]
         memory = self.floor + 1.5 * max(4 * s.parameters for s in sizes) if sizes else None
-        disk = n * (
-            4 * rows.tokens + 2 * max(way.max_new_tokens for way in stage.ways.values()) * len(stage.entries)
-        )  # the first answer is kept
+        longest = max(way.max_new_tokens for way in stage.ways.values())
+        disk = n * (4 * rows.tokens + 2 * longest * len(stage.entries))  # the first answer is kept
         if before is not None and before["examples"]:
             config = before["config"]
             ways = (config.get("decodings") or {"": config["decoding"]}).values()
@@ -283,10 +290,8 @@ class Predictor:
             return Cost(basis="nothing: how long its samples get is not known before it ran once")
         more, disk = self._ratio(name, stage, info), info["bytes_on_disk"]
         if more is None:
-            return Cost(
-                memory_bytes=info["peak_memory_bytes"], disk_bytes=disk, basis="an earlier result of another size"
-            )
-        tokens = None if info["tokens"] is None else more * info["tokens"]
+            return Cost(None, None, info["peak_memory_bytes"], None, disk, "an earlier result of another size")
+        tokens = info["tokens"] and more * info["tokens"]
         return Cost(tokens, more * info["seconds"], info["peak_memory_bytes"], None, disk, "an earlier result")
 
     def _ratio(self, name: str, stage: Any, info: dict[str, Any]) -> float | None:
@@ -304,9 +309,7 @@ class Predictor:
             steps *= getattr(stage, "rounds", 1) * getattr(stage, "policies", 1)
         samples = then["batch_size"] * then["accumulation"] * then["completions"] * (info["steps"] or 0)
         before = samples * then["decoding"]["max_new_tokens"]
-        return (
-            steps * prompts * stage.completions * stage.decoding.max_new_tokens / before if steps and before else None
-        )
+        return steps * prompts * stage.completions * stage.decoding.max_new_tokens / before if steps and before else None
 
     def _download(self, name: str) -> float | None:
         """Bytes still to come from the hub for one stage; None where that cannot be told."""
@@ -322,9 +325,7 @@ class Predictor:
         except TemperError:
             return None
         found = [
-            0.0
-            if kind == "model" and (self.recipe.folder / repo).is_dir()
-            else bytes_to_fetch(repo, revision, kind, part)
+            0.0 if kind == "model" and (self.recipe.folder / repo).is_dir() else bytes_to_fetch(repo, revision, kind, part)
             for repo, revision, kind, part in wanted
         ]
         return None if any(f is None for f in found) else sum(f for f in found if f is not None)
@@ -342,9 +343,8 @@ def _written(stage: Generate, rows: Rows | None) -> Rows | None:
 def _earlier(folder: RunFolder) -> list[dict[str, Any]]:
     """stage.json of every finished stage in the folder, those set aside included, the present ones first."""
     out = []
-    for path in sorted(
-        folder.path.glob("*/stage.json") if folder.path.is_dir() else [], key=lambda p: ("@" in p.parent.name, p)
-    ):
+    there = folder.path.glob("*/stage.json") if folder.path.is_dir() else []
+    for path in sorted(there, key=lambda p: ("@" in p.parent.name, p)):
         with contextlib.suppress(OSError, ValueError):
             out.append(read_json(path))
     return out

@@ -25,7 +25,6 @@ from temper.engine import device as devices
 from temper.errors import ModelError
 from temper.models import adapters, load, quantized
 from temper.models.methods import Adapter
-from temper.models.scores import CHUNK_LOGITS, KEPT
 from temper.recipe import Recipe
 from temper.runfolder import Result, read_json
 from temper.stages import streaming
@@ -40,14 +39,15 @@ LOOKED_AT = 200  # rows made or drawn to see how long they are
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a model's arithmetic and memory depend on. `linear` are the (in, out) of its matrices but the head; `make` makes
-    the model without its weights."""
+    """What a model's arithmetic and memory depend on. `linear` are the (in, out) of its matrices but the head; `cached`: keys
+    and values of one token in all layers, in numbers; `make` makes the model without its weights."""
 
     parameters: int
     linear: tuple[tuple[int, int], ...]
     hidden: int
     layers: int
     vocabulary: int
+    cached: int
     make: Callable[[], Any] = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -55,10 +55,8 @@ class Size:
         return sum(a * b for a, b in self.linear)
 
     def bytes(self, held: quantized.Held | None) -> float:
-        """Memory of the weights in float32; of a base in few bits that of its matrices as they are held, scales included
-        (Dettmers et al. 2023, section 3: 0.127 bits a weight in NF4)."""
-        few = {None: 4.0, "nf4": (4 + 0.127) / 8, "int8": 1.0}[held]
-        return 4.0 * (self.parameters - self.matrices) + few * self.matrices
+        """Memory of the weights in float32; of a base in few bits that of its matrices as they are held, scales included."""
+        return 4.0 * (self.parameters - self.matrices) + quantized.BYTES[held] * self.matrices
 
     def adapter(self, adapter: Adapter) -> int:
         """Parameters of an adapter on this model.
@@ -116,7 +114,10 @@ def _size(make: Callable[[], Any]) -> Size:
     )
     config = model.config.get_text_config()
     every = sum(p.numel() for p in model.parameters())
-    return Size(every, linear, config.hidden_size, config.num_hidden_layers, config.vocab_size, make)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * width
+    return Size(every, linear, config.hidden_size, config.num_hidden_layers, config.vocab_size, cached, make)
 
 
 def training_flops(
@@ -135,14 +136,6 @@ def training_flops(
     passes = (2 if adapter else 3) + recompute
     head = 2 * size.hidden * size.vocabulary * scored * (3 if head_trained else 2)
     return 2 * size.matrices * passes + head + 4 * width * size.hidden * size.layers * (3 + recompute)
-
-
-def activation_bytes(size: Size, tokens: float, *, recompute: bool) -> float:
-    """Rough bytes of activations kept for the backward pass over so many tokens, logits included."""
-    kept = sum(a for a, _ in size.linear) * 2 + 6 * size.hidden * size.layers  # inputs of products, and what is between
-    if recompute:
-        kept = size.hidden * size.layers + kept / size.layers
-    return 4 * tokens * kept + 4 * (2 + KEPT) * min(tokens * size.vocabulary, CHUNK_LOGITS)
 
 
 @functools.cache

@@ -95,7 +95,7 @@ def count(n: float | None) -> str:
     """
     if n is None:
         return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= 0.9995 * size:  # 999.7 would be written 1e+03
             return f"{n / size:.3g} {unit}"
     return f"{n:.0f}"
@@ -104,8 +104,8 @@ def count(n: float | None) -> str:
 def size(n: float | None) -> str:
     """Bytes.
 
-    >>> size(2_500_000), size(0)
-    ('2.5 MB', '0')
+    >>> size(2_500_000), size(1.4e12), size(0)
+    ('2.5 MB', '1.4 TB', '0')
     """
     return "–" if n is None else "0" if n == 0 else f"{count(n)}B" if n >= 1000 else f"{n:.0f} B"
 

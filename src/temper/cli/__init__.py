@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from temper import terminal
-from temper.cli import runs, trained  # noqa: F401  (each adds its commands)
+from temper.cli import planning, runs, trained  # noqa: F401  (each adds its commands)
 from temper.cli.base import SEVERAL, WORDS, app
 from temper.errors import TemperError
 

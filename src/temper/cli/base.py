@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from temper import __version__
+
+if TYPE_CHECKING:
+    from temper.pipeline import Choice
 
 WORDS: list[str] = []  # of the command that is run
 SEVERAL = {"--stages", "--skip", "--force", "--set", "--config", "--to"}  # options that take one value or several
@@ -47,3 +51,15 @@ def root(
     debug: Debug = False,
 ) -> None:
     """Temper post-trains language models: one recipe, one command, one report."""
+
+
+def chosen(stages: list[str] | None, skip: list[str] | None, force: list[str] | None) -> Choice:
+    """The stages that `--stages`, `--skip` and `--force` name."""
+    from temper.pipeline import Choice
+
+    return Choice(only=names(stages), skip=names(skip), force=names(force))
+
+
+def names(values: list[str] | None) -> list[str]:
+    """Each value may itself be a list: «a b» or «a,b»."""
+    return [name for value in values or [] for name in re.split(r"[,\s]+", value) if name]

@@ -7,22 +7,30 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from temper import stopping, terminal
-from temper.cli.base import WORDS, Debug, Force, Out, Overlays, Profile, RecipeName, Sets, Skip, Stages, app
+from temper.cli.base import (
+    WORDS,
+    Debug,
+    Force,
+    Out,
+    Overlays,
+    Profile,
+    RecipeName,
+    Sets,
+    Skip,
+    Stages,
+    app,
+    chosen,
+    names,
+)  # fmt: skip
 from temper.errors import RecipeError, RunError, nearest
-
-if TYPE_CHECKING:
-    from temper.pipeline import Choice
-    from temper.plan import Step
-    from temper.predict import Cost
-    from temper.recipe import Recipe
 
 
 @app.command()
@@ -51,37 +59,10 @@ def run(
         if launch.wanted(loaded):
             raise typer.Exit(launch.start(loaded, WORDS))
         work.append(runner.folder_of(loaded, out))
-        runner.execute(loaded, work[0], choice=_choice(stages, skip, force), quiet=quiet, command=command_line())
+        runner.execute(loaded, work[0], choice=chosen(stages, skip, force), quiet=quiet, command=command_line())
     if not _main():
         return
     typer.echo(f"{work[0] / 'report' / 'index.html'}" if quiet else f"report: {work[0] / 'report' / 'index.html'}")
-
-
-@app.command()
-def plan(
-    recipe: RecipeName,
-    profile: Profile = None,
-    stages: Stages = None,
-    skip: Skip = None,
-    force: Force = None,
-    sets: Sets = None,
-    config: Overlays = None,
-    out: Out = None,
-    debug: Debug = False,
-) -> None:
-    """Say what a run would do and cost. Changes nothing on disk; the figures are predictions."""
-    from temper import recipe as recipes
-
-    recipes.find(recipe)
-    from temper import app as runner
-    from temper import plan as planning
-
-    loaded = recipes.load(recipe, profile=profile, overlays=config, sets=sets)
-    folder = runner.folder_of(loaded, out)
-    made = planning.make(loaded, folder, _choice(stages, skip, force))
-    _show_plan(loaded, folder, made, planning.total(made))
-    if any(step.problem for step in made):
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -232,9 +213,9 @@ def track(
 ) -> None:
     """Send a run to trackers. What they have of it is not sent again."""
     from temper.job import Log
-    from temper.tracking.start import chosen, send
+    from temper.tracking import start
 
-    send(folder, chosen(folder, _names(to), sets or []), Log(None))
+    start.send(folder, start.chosen(folder, names(to), sets or []), Log(None))
 
 
 class _Terminated(BaseException):
@@ -286,37 +267,3 @@ def _stopped_at(work: list[Path]) -> str:
     if answered:
         return f"the same command goes on with stage {stage}; the answers of {answered} of its models are kept"
     return f"the same command begins stage {stage} anew; finished stages stay"
-
-
-def _choice(stages: list[str] | None, skip: list[str] | None, force: list[str] | None) -> Choice:
-    from temper.pipeline import Choice
-
-    return Choice(only=_names(stages), skip=_names(skip), force=_names(force))
-
-
-def _names(values: list[str] | None) -> list[str]:
-    """Each value may itself be a list: «a b» or «a,b»."""
-    return [name for value in values or [] for name in re.split(r"[,\s]+", value) if name]
-
-
-def _show_plan(recipe: Recipe, folder: Path, steps: Sequence[Step], total: Cost) -> None:
-    rows = [(s.name, s.state, *_figures(s.cost)) for s in steps]
-    if len(rows) > 1:
-        rows.append(("all", "", *_figures(total)))
-    terminal.say(f"{recipe.name}{f', profile {recipe.profile}' if recipe.profile else ''} → {folder}")
-    terminal.table(["stage", "state", "tokens", "time", "memory", "download", "disk"], rows, numbers=5)
-    terminal.say("")
-    for step in steps:
-        if step.reason:
-            terminal.say(f"{step.name} {step.state}: {step.reason}")
-        if step.cost.basis:
-            terminal.say(f"  figures from {step.cost.basis}")
-    if any(step.cost.basis for step in steps):
-        terminal.say("\nThese figures are predictions: nothing was run. –: cannot be told beforehand.")
-        if os.getloadavg()[0] > (os.cpu_count() or 1):
-            terminal.say("This machine is busy with other work: the speed measured just now is lower than it can be.")
-
-
-def _figures(cost: Cost) -> tuple[str, ...]:
-    sizes = (cost.memory_bytes, cost.download_bytes, cost.disk_bytes)
-    return (terminal.count(cost.tokens), terminal.duration(cost.seconds), *map(terminal.size, sizes))

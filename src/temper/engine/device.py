@@ -45,6 +45,7 @@ def setup(wanted: str, threads: int | None, *, halves: bool = False) -> torch.de
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64" if halves else "32")
     keep_memory()
+    torch.set_autocast_cache_enabled(True)
     products.by_onednn(True)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over all memory

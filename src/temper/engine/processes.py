@@ -155,9 +155,10 @@ class Wrapped:
         self.skeleton: Any = None
         self.kind = type(policy)
         if world.parallel == "fsdp":
-            devices.keep_memory(False)  # memory is what spreading is for; the next stage sets it anew
-            self.skeleton = copy.deepcopy(policy.hf).to("meta")
-            for layer in _layers(policy):
+            devices.keep_memory(False)  # memory is what spreading is for; the next stage sets both anew
+            torch.set_autocast_cache_enabled(False)  # it would hold the whole model in half precision till a pass is over
+            self.skeleton = copy.deepcopy(policy.hf, _without_memory(policy.hf))
+            for layer in layers_of(policy):
                 fully_shard(layer)
             fully_shard(policy)
             quantized.trim()  # what the whole weights took
@@ -232,7 +233,13 @@ class Wrapped:
         return model
 
 
-def _layers(policy: Policy) -> list[torch.nn.Module]:
+def _without_memory(model: torch.nn.Module) -> dict[int, Any]:
+    """What `deepcopy` takes in the place of a model's tensors: others of their shapes, on the device meta."""
+    parameters = {id(p): torch.nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return parameters | {id(b): b.detach().to("meta") for b in model.buffers()}
+
+
+def layers_of(policy: Policy) -> list[torch.nn.Module]:
     """The layers of a model, each gathered by itself while it is computed."""
     model, found = adapted.inner(policy.hf), list[torch.nn.Module]()
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]

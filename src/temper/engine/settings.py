@@ -11,13 +11,15 @@ from temper.engine import optim
 from temper.engine.device import Precision
 from temper.recipe import Config, detail
 
+ON_A_CARD = 4096  # tokens of one forward pass on a graphics card
+
 
 def at_once(on_processor: int) -> Any:
     """The field `micro_tokens`: on a processor more tokens than these take memory and save no time."""
     return Field(
-        default_factory=lambda: 4096 if torch.cuda.is_available() else on_processor,
+        default_factory=lambda: ON_A_CARD if torch.cuda.is_available() else on_processor,
         description="Tokens of one forward pass, rows stacked: it sets the memory, not the result. By default "
-        f"{on_processor} on a processor, 4096 on a graphics card.",
+        f"{on_processor} on a processor, {ON_A_CARD} on a graphics card.",
         ge=16,
         json_schema_extra={"affects_result": False},
     )

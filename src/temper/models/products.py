@@ -186,6 +186,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins: its memory, and how far into it. Fake tensors, which have no address, have this."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
 class Halves:
     """Frozen weights as autocast would have them, kept: autocast casts them anew in every call, and the head in every chunk."""
 
@@ -194,7 +199,7 @@ class Halves:
 
     def __call__(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight in another type; while it stays what it was, the same tensor each time."""
-        now = (weight.data_ptr(), weight._version, dtype)
+        now = (*place(weight), weight._version, dtype)
         found = self._kept.get(id(weight))
         if found is None or found[0] is not weight or found[1] != now:
             found = self._kept[id(weight)] = (weight, now, weight.detach().to(dtype))

@@ -23,6 +23,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from temper.errors import ModelError
 
 Held = Literal["nf4", "int8"]
+# Of a weight, scales included (Dettmers et al. 2023, section 3: 0.127 bits a weight in NF4).
+BYTES: dict[Held | None, float] = {None: 4.0, "nf4": (4 + 0.127) / 8, "int8": 1.0}
 MAPS = Path("/proc/self/maps")
 MADV_DONTNEED = 4
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from temper.models.products import place
+
 
 class _Note:
     """How a tensor is made of others that are kept."""
@@ -35,18 +37,18 @@ class Remade:
     """What is made again, of one forward pass. Hooks of torch put notes in the place of tensors that are known here."""
 
     def __init__(self) -> None:
-        self._notes: dict[int, tuple[weakref.ref[torch.Tensor], int, _Note]] = {}
+        self._notes: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int, _Note]] = {}
         self._last: tuple[_Note, torch.Tensor] | None = None  # queries, keys and values ask for the same in turn
 
     def know(self, made: torch.Tensor, make: Callable[..., torch.Tensor], *given: torch.Tensor, often: bool) -> torch.Tensor:  # fmt: skip
         """Have `made` not kept: make(*given) is the same. `often`: several layers read it, one after another."""
         if torch.is_grad_enabled():
-            self._notes[made.data_ptr()] = (weakref.ref(made), made._version, _Note(make, given, often))
+            self._notes[place(made)] = (weakref.ref(made), made._version, _Note(make, given, often))
         return made
 
     def pack(self, kept: torch.Tensor) -> torch.Tensor | _Note:
         """What torch keeps of a tensor. Another that has since come to lie in the same place is no known one."""
-        made, version, note = self._notes.get(kept.data_ptr(), (_nothing, 0, None))
+        made, version, note = self._notes.get(place(kept), (_nothing, 0, None))
         known = made()
         if note is None or known is None:
             return kept

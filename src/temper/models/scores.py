@@ -29,6 +29,11 @@ WHOLE = 10**9  # a lane as long as its row
 KEPT = 8  # chunks that a head that is trained may keep for the backward pass; of more each is made again
 
 
+def chunk_of(vocabulary: int, *, cards: bool) -> int:
+    """Positions whose logits are held at once: more on graphics cards, whose products are slow if they are small."""
+    return max(1, CHUNK_LOGITS * (ON_CARDS if cards else 1) // vocabulary)
+
+
 class _Handed(BaseModelOutputWithPast):
     """An output that answers None for whatever a particular head asks of its backbone."""
 
@@ -174,9 +179,8 @@ class Policy(nn.Module):
 
     @property
     def chunk(self) -> int:
-        """Positions whose logits are held at once: more on graphics cards, whose products are slow if they are small."""
-        held = CHUNK_LOGITS * (ON_CARDS if self.device.type == "cuda" else 1)
-        return max(1, held // self.inner.config.get_text_config().vocab_size)
+        """Positions whose logits are held at once."""
+        return chunk_of(self.inner.config.get_text_config().vocab_size, cards=self.device.type == "cuda")
 
     @torch.no_grad()
     def divergence(self, other: Policy, row: Row) -> torch.Tensor:
