@@ -31,7 +31,7 @@ import pyarrow.parquet
 from safetensors.torch import load_file
 
 OUT = Path(__file__).parent / "results" / "streaming.json"
-CHARACTERS, GROUP, WORDS, BATCH = 10_000, 1000, 4000, 64
+CHARACTERS, GROUP, WORDS, BATCH = 10_000, 1000, 4000, 256
 RECIPE = """
 name: streaming
 stages:

@@ -283,3 +283,15 @@ def test_what_a_stream_cannot_give_is_told(folder: Path, tmp_path: Path, tiny_mo
     with pytest.raises((DataError, RecipeError)) as raised:
         app.execute(recipes.load(str(tmp_path / "r.yaml")), tmp_path / "run", quiet=True)
     assert told in str(raised.value), str(raised.value)
+
+
+def test_a_large_row_group_is_not_held(tmp_path: Path) -> None:
+    """40 MB in one group, read in windows that end in the middle of what is read at once."""
+    rows = [{"text": f"{k} " + "слово " * 90} for k in range(40_000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10**6, use_dictionary=False)
+    source, before, most = opened(tmp_path), pyarrow.total_allocated_bytes(), 0
+    for start in range(0, 40_000, 1500):
+        for _ in source.read(source.spans(0, 0, start, start + 1500)):
+            pass
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 8e6

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,8 @@ class Shards:
     def __init__(self, sources: Sequence[tuple[str, Opener]], columns: Sequence[str] | None = None, noted: dict[str, Any] | None = None) -> None:  # fmt: skip
         self.sources, self.columns = sources, None if columns is None else list(columns)
         self.groups: list[Group] = []
-        self._at: tuple[Group, int, Iterator[Any]] | None = None  # where the last reading ended: group, place, what follows
+        # Where the last reading ended: group, place, a batch that was read in part, and those that follow.
+        self._at: tuple[Group, int, Any, Iterator[Any]] | None = None
         if noted is None:
             self._look()
         else:
@@ -135,23 +135,22 @@ class Shards:
 
     def _within(self, span: Span) -> Iterator[tuple[int, Record]]:
         group, name = span.group, self.sources[span.group.file][0]
+        place, batch, batches = 0, None, self._batches(group)
         if self._at is not None and self._at[0] == group and self._at[1] <= span.start:
-            _, place, batches = self._at
-        else:
-            place, batches = 0, self._batches(group)
+            _, place, batch, batches = self._at
         self._at = None
         while place < span.stop:
-            batch = next(batches)
+            if batch is None:
+                batch = next(batches)
             a, b = max(span.start - place, 0), min(span.stop - place, batch.num_rows)
             if a < b:
                 for k, row in enumerate(batch.slice(a, b - a).to_pylist(), place + a):
                     row.pop("_where", None)  # written by an earlier run: see card.write_rows
                     yield group.first + k, Record(row, f"{name}:{group.within + k + 1}")
             if b < batch.num_rows:  # the rest is the next span's
-                batches = itertools.chain([batch], batches)
                 break
-            place += batch.num_rows
-        self._at = (group, place, batches)
+            place, batch = place + batch.num_rows, None
+        self._at = (group, place, batch, batches)
 
     def _batches(self, group: Group) -> Iterator[Any]:
         """Of one row group, a piece of each column in memory at a time."""

@@ -232,6 +232,7 @@ def _noted(make: Callable[[], Any], setting: Setting, parallel: Parallel | None,
             for p in trained:  # those of a step that is through, told from what lay between
                 if p.grad is not None:
                     noted.piece(p.grad, "gradients")
+            noted.closed = True  # gradients stay: what goes with this function is noted no more
     return _Pass(noted, every + few, [p.numel() for p in trained])
 
 

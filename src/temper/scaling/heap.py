@@ -27,6 +27,7 @@ class Noted(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.kinds: dict[int, str] = {}
+        self.closed = False  # nothing more is noted
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._number = 0
 
@@ -64,7 +65,8 @@ class Noted(TorchDispatchMode):
         self.events.append((number, -given))
 
     def _gone(self, number: int, size: float, _: Any) -> None:
-        self.events.append((number, -size))
+        if not self.closed:
+            self.events.append((number, -size))
 
     def most(self) -> Counter[str]:
         """Bytes by kind in the moment when most is held; what has no kind is «activations»."""
