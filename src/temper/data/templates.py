@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,7 @@ class Column(str):
         side, n = self.part
         if not isinstance(value, str):
             raise DataError(f"only a text has words, and column «{self}» holds {value!r:.60}", where=where)
-        words = list(re.finditer(r"\S+", value))
+        words = list(itertools.islice(re.finditer(r"\S+", value), n + 1))  # no more of a long text is looked at
         if side == "first":
             return value[words[0].start() : words[:n][-1].end()] if words and n else ""
         return value[words[n].start() :] if n < len(words) else ""
