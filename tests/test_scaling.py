@@ -292,3 +292,16 @@ def test_predicted_memory_is_within_fifteen_per_cent(way: str, name: str, tmp_pa
     real = bench.measured(tmp_path, bench.TOKENS, processes, parallel, case) - bench.taken_anyway(way)
     told = bench.predicted(bench.TOKENS, processes, parallel, case).total
     assert told == pytest.approx(real, rel=0.15)
+
+
+def test_the_type_that_weights_are_kept_in_changes_nothing(tmp_path: Path) -> None:
+    """Hub models say bfloat16; what is trained is float32 whatever they say."""
+    found = []
+    for name, said in (("plain", {}), ("half", {"dtype": "bfloat16"}), ("older", {"torch_dtype": "bfloat16"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        shape = {"model_type": "qwen2", "vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps({**shape, **said}))
+        found.append(size_of(str(folder), tmp_path))
+    weights = [footprint.of(size.make, footprint.Setting(tokens=64, width=64, cards=True, precision="bf16"), "fsdp", 2) for size in found]
+    assert weights[0] == weights[1] == weights[2] and weights[0].weights == pytest.approx(2 * found[0].parameters)

@@ -247,6 +247,22 @@ def test_a_plan_looks_at_a_stream_without_reading_it(undisturbed: Path) -> None:
     assert "stops" not in done.stdout
 
 
+def test_what_reads_a_stream_is_known_beforehand(folder: Path, tmp_path: Path) -> None:
+    more = {
+        "p: {stage: preference, data: qa}": True, "c: {stage: classifier, data: qa}": True, "e: {stage: evaluate, data: qa.train, models: [sft]}": True,
+        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y}": True, "e: {stage: evaluate, data: qa, models: [sft]}": False,
+        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y, splits: [test]}": False,
+    }  # fmt: skip
+    for line, refused in more.items():
+        (tmp_path / "r.yaml").write_text(RECIPE.format(model="tiny", data=folder) + f"  {line}\n", encoding="utf-8")
+        if not refused:
+            recipes.load(str(tmp_path / "r.yaml"))
+            continue
+        with pytest.raises(RecipeError, match="«qa» is a stream") as raised:
+            recipes.load(str(tmp_path / "r.yaml"))
+        assert "r.yaml:8" in str(raised.value), str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -82,13 +82,14 @@ def make(recipe: Recipe, folder: Path, choice: Choice) -> list[Step]:
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
-    """A stage on machines that are elsewhere; `trained` parameters."""
+    """A stage on machines that are elsewhere; `trained` parameters, `busy` cards: those for which a step has examples."""
 
     name: str
     size: Size
     trained: int
     setting: Setting
     ways: list[Way]
+    busy: int
 
     def advice(self, machines: Machines) -> str:
         """What would help where nothing fits."""
@@ -121,7 +122,8 @@ def elsewhere(recipe: Recipe, names: Sequence[str], machines: Machines, *, looke
         precision = "bf16" if stage.precision == "auto" else stage.precision
         setting = setting_of(stage, machines.size, width=width, scored=scored, row=row, precision=precision, cards=True)
         trained = size.adapter(setting.adapter) if setting.adapter else size.parameters
-        yield Elsewhere(name, size, trained, setting, ways(stage, size, setting, machines))
+        busy = machines.size if row is None else min(machines.size, stage.batch_size * stage.accumulation)
+        yield Elsewhere(name, size, trained, setting, ways(stage, size, setting, machines), busy)
 
 
 def _size(recipe: Recipe, stage: Any) -> Size:

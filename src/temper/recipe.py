@@ -54,10 +54,8 @@ class Config(pydantic.BaseModel):
 
 
 class Stage(Config, abc.ABC):
-    """A unit of work. Its fields are its keys in the recipe; `run` fills `job.dir`.
-
-    `version` is raised by hand when the same settings would give other results. Fields declared with
-    `affects_result=False` in `json_schema_extra` are left out of the key.
+    """A unit of work. Its fields are its keys in the recipe; `run` fills `job.dir`. `version` is raised by hand when the same
+    settings would give other results. Fields that are declared with `affects_result=False` are left out of the key.
     """
 
     kind: ClassVar[str] = ""
@@ -65,6 +63,7 @@ class Stage(Config, abc.ABC):
     gives: ClassVar[str] = ""  # «model», «data», «classifier», «reward» or nothing
     reads_split: ClassVar[str] = ""  # of its data, where the recipe names none
     trains_on: ClassVar[tuple[str, ...]] = ()  # splits of its data that a recipe may name; (): it does not train
+    streams: ClassVar[bool] = False  # whether it trains on data that is read as a stream
     asks: ClassVar[tuple[str, ...]] = ()  # fields whose model may be an endpoint: only text is asked of it
     together: ClassVar[bool] = False  # all processes of a launch take part in it
     reads_replicas: ClassVar[bool] = False  # an evaluation also reads what `seeds: N` made of a model it names

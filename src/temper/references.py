@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from temper import address
 from temper.errors import RecipeError, nearest
@@ -69,7 +69,15 @@ def _check_data(recipe: Recipe, name: str, value: str, where: str) -> None:
         close = difflib.get_close_matches(split, SPLITS, n=1)
         do = f"did you mean «{target}.{close[0]}»?" if close else f"splits: {', '.join(SPLITS)}"
         raise RecipeError(f"«{value}»: there is no split «{split}»", where=where, do=do)
-    trains_on = recipe.stages[name].trains_on
+    stage: Any = recipe.stages[name]
+    if getattr(recipe.stages[target], "stream", None) is not None and not stage.streams:
+        reads = [split] if split else stage.trains_on or ([stage.reads_split] if stage.reads_split else getattr(stage, "splits", None) or SPLITS)
+        if "train" in reads:
+            raise RecipeError(
+                f"«{target}» is a stream, and stage «{name}» reads its split train: sft alone trains on one",
+                where=where, do="a data stage without stream, and with take",
+            )  # fmt: skip
+    trains_on = stage.trains_on
     if split and trains_on and split not in trains_on:
         if split == "test":
             raise RecipeError(

@@ -102,7 +102,8 @@ def size_of_source(source: hub.Source, *, trust_remote_code: bool = False) -> Si
     """
     config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return _size(lambda: kind.from_config(config, trust_remote_code=trust_remote_code))
+    # In float32, whatever type the weights are kept in: training holds them so, and `footprint` halves what it may.
+    return _size(lambda: kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code))
 
 
 def _size(make: Callable[[], Any]) -> Size:

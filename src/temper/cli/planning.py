@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Where no recipe is given: a model trained on full rows. `--set sft.…` changes how.
 PLAIN = {"name": "plan", "stages": {"rows": {"stage": "data", "source": "rows.jsonl"}, "sft": {"stage": "sft", "data": "rows"}}}
+CARD = (80.0, 989.0, 450.0, 50.0)  # an H100: GB, TFLOP/s in bf16, GB/s to others of its machine and to other machines
 NAMES = [
     ("weights", "weights"), ("gradients", "gradients"), ("optimizer", "optimiser"), ("activations", "activations"),
     ("exchanged", "buckets, whole layers"),
@@ -44,10 +45,10 @@ def plan(
     machines: Annotated[int | None, typer.Option(min=1, help="Plan for so many machines.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Graphics cards of each machine.")] = None,
     model: Annotated[str | None, typer.Option(help="A folder, its config.json, or a hub id; no weights needed.")] = None,
-    memory: Annotated[float, typer.Option(min=1, help="GB of a card.")] = 80,
-    flops: Annotated[float, typer.Option(min=1, help="Its peak, TFLOP/s in bf16 without sparsity.")] = 989,
-    link: Annotated[float, typer.Option(min=0.1, help="GB/s of a card to others of its machine, one way.")] = 450,
-    network: Annotated[float, typer.Option(min=0.1, help="GB/s of a card to other machines, one way.")] = 50,
+    memory: Annotated[float, typer.Option(min=1, help="GB of a card.")] = CARD[0],
+    flops: Annotated[float, typer.Option(min=1, help="Its peak, TFLOP/s in bf16 without sparsity.")] = CARD[1],
+    link: Annotated[float, typer.Option(min=0.1, help="GB/s of a card to others of its machine, one way.")] = CARD[2],
+    network: Annotated[float, typer.Option(min=0.1, help="GB/s of a card to other machines, one way.")] = CARD[3],
     slurm: Annotated[bool, typer.Option("--slurm", help="Write NAME.slurm, a job file that runs the recipe there.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -57,7 +58,7 @@ def plan(
     if recipe is not None:
         recipes.find(recipe)  # a misspelt name is told before seconds of imports
     if machines is None and gpus is None:
-        _here(recipe, profile, stages, skip, force, sets, config, out, asked=model is not None or slurm)
+        _here(recipe, profile, stages, skip, force, sets, config, out, asked=model is not None or slurm or (memory, flops, link, network) != CARD)
         return
     if recipe is None and (model is None or slurm):
         raise RecipeError(
@@ -90,7 +91,7 @@ def _here(
     """The stages of a recipe on this machine."""
     if recipe is None or asked:
         raise RecipeError(
-            "--model and --slurm are for plans beyond this machine" if asked else "no recipe is named",
+            "--model, --slurm and what describes a card are for plans beyond this machine" if asked else "no recipe is named",
             do="add --machines and --gpus" if asked else "temper plan RECIPE; or --model, --machines and --gpus",
         )
     from temper import app as runner
@@ -138,7 +139,11 @@ def _elsewhere(recipe: Recipe, given: bool, target: Machines, names: Sequence[st
         what = f"{terminal.count(found.trained)} of {terminal.count(size.parameters)} parameters trained"
         terminal.say(f"\n{found.name}: {what}, {s.precision}, {s.optimizer}, activations {'computed again' if s.recompute else 'kept'}")
         terminal.say(f"{s.passes} × {s.tokens} tokens a card and step, examples of {s.width}, {s.scored:.0%} of them scored")
-        _ways(found.ways, target, s.tokens * s.passes * target.size)
+        _ways(found.ways, target, s.tokens * s.passes * found.busy)
+        if found.busy < target.size:
+            terminal.say(f"{target.size - found.busy} of {target.size} cards have nothing to do: a step has {found.busy} examples (batch_size × accumulation)")
+        if recipe.stages[found.name].kind in ("rl", "warp"):
+            terminal.say("the time of a step is that of training: sampling its completions comes on top")
         if not any(way.fits(target) for way in found.ways):
             terminal.say(f"none fits: {found.advice(target)}")
     for line in target.assumed:

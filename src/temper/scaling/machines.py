@@ -147,7 +147,7 @@ def _way(name: str, parallel: Parallel | None, stage: Any, size: Size, setting: 
     elif parallel == "fsdp":  # layers twice in each pass, the root once; gradients once, in each
         moved = setting.passes * (2 * whole - _root(size) * whole / (4 * size.parameters) + trained)
     tokens = setting.tokens * setting.passes
-    copy = whole if parallel == "fsdp" and isinstance(stage, Rl) else 0.0
+    copy = whole if parallel == "fsdp" and _samples(stage) else 0.0
     return Way(
         name, held, copy, _cache(stage, size, setting, n), tokens * flops / (REACHED * machines.flops),
         moved * (n - 1) / n / (LINKED * machines.slowest),
@@ -161,9 +161,14 @@ def _root(size: Size) -> float:
     return 4.0 * (size.parameters - sum(p.numel() for layer in layers_of(policy) for p in layer.parameters()))
 
 
+def _samples(stage: Any) -> bool:
+    """Whether the processes that train also sample."""
+    return isinstance(stage, Rl) and stage.rollouts.engine == "native"
+
+
 def _cache(stage: Any, size: Size, setting: Setting, n: int) -> float:
     """Bytes of keys and values while a stage samples: prompts, as many as fill the slots twice, and completions."""
-    if not isinstance(stage, Rl):
+    if not _samples(stage):
         return 0.0
     asked = max(1, stage.batch_size * stage.accumulation * stage.rollout_steps // n)
     slots = min(stage.slots, asked * stage.completions)

@@ -68,7 +68,7 @@ def announce(job: Job, loop: Loop, lines: Sequence[str], step: str, cost: tuple[
         f"steps: {loop.steps} ({epochs:.2g} epochs{part}), {loop.warmup} of them warm-up, lr {loop.training.lr:g} ({_named(loop.training.schedule)})",
         f"parameters: {c['trainable_parameters']:,} of {c['parameters']:,} trained ({share:.2%})",
         *([f"adapter: {f['adapter']}"] if "adapter" in f else []),
-        f"really used: {f['device']}, {f['threads']} threads, {f['precision']} over {f.get('base held in', f['weights'])} weights, attention {f['attention']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
+        f"really used: {f['device']}, {f'processes {many}, ' if (many := f.get('processes')) else ''}{f['threads']} threads, {f['precision']} over {f.get('base held in', f['weights'])} weights, attention {f['attention']}, activation checkpointing {'on' if f['activation_checkpointing'] else 'off'}",
         f"layout {f['layout']}: {f['proof']}",
         f"predicted: about {_duration(cost[0])} and {cost[1] / 1e9:.1f} GB",
         "one example, the trained part in ⟦ ⟧:",

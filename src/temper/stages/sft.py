@@ -38,6 +38,7 @@ class Sft(TrainingStage, Validated):
     """Maximise the likelihood of the answers given their prompts; only answers are trained on."""
 
     together = True
+    streams = True
 
     kind = "sft"
     version = 2

@@ -61,7 +61,7 @@ def check_stream(stage: Any) -> None:
         "tokenizer": stage.tokenizer is not None,
     }  # fmt: skip
     if name := next((n for n, asked in refused.items() if asked), None):
-        do = "max_length of the training stage counts in tokens" if name == "tokenizer" else f"leave {name} out, or stream"
+        do = "max_length of the training stage counts in tokens" if name == "tokenizer" else f"take {name} out, or take stream out"
         raise RecipeError(f"{name} takes all rows at once, and a stream is read as it is trained on", where=name, do=do)
     for name in ("validation", "test"):
         if not isinstance(value := getattr(stage, name), int):

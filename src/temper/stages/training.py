@@ -212,6 +212,8 @@ def note_used(job: Job, policy: Policy, precision: str, proof: str) -> None:
         proof=proof,
         activation_checkpointing=_recomputes(hf),
     )
+    if job.world.size > 1:
+        job.facts["processes"] = f"{job.world.size}, {job.world.parallel}"
 
 
 def _recomputes(hf: Any) -> bool:
