@@ -250,8 +250,8 @@ def test_a_plan_looks_at_a_stream_without_reading_it(undisturbed: Path) -> None:
 def test_what_reads_a_stream_is_known_beforehand(folder: Path, tmp_path: Path) -> None:
     more = {
         "p: {stage: preference, data: qa}": True, "c: {stage: classifier, data: qa}": True, "e: {stage: evaluate, data: qa.train, models: [sft]}": True,
-        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y}": True, "e: {stage: evaluate, data: qa, models: [sft]}": False,
-        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y, splits: [test]}": False,
+        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y, text: '{y}'}": True, "e: {stage: evaluate, data: qa, models: [sft]}": False,
+        "g: {stage: generate, data: qa, model: sft, instruction: x, into: y, text: '{y}', splits: [test]}": False,
     }  # fmt: skip
     for line, refused in more.items():
         (tmp_path / "r.yaml").write_text(RECIPE.format(model="tiny", data=folder) + f"  {line}\n", encoding="utf-8")
