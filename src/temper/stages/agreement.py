@@ -94,7 +94,7 @@ def lag_of(theirs: np.ndarray, own: np.ndarray, base: np.ndarray, floor: float) 
     >>> base = draw.normal(size=5000) - 3
     >>> own = base + 0.01 * draw.normal(size=5000)
     >>> noise = 0.02 * draw.normal(size=5000)
-    >>> round(lag_of(own + noise, own, base, 1e-3), 1), round(lag_of(base + noise, own, base, 1e-3), 1)
+    >>> abs(round(lag_of(own + noise, own, base, 1e-3), 1)), round(lag_of(base + noise, own, base, 1e-3), 1)
     (0.0, 1.0)
     >>> lag_of((own + noise)[:100], own[:100], base[:100], 1e-3) is None
     True
