@@ -87,6 +87,7 @@ def serve(
         said(f"listening on {address} (the API: {address}/v1); Ctrl-C ends")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listening])
+        raise KeyboardInterrupt  # it returns when it was told to stop, and does not always say so while it is only starting
 
 
 def _listen(host: str, port: int) -> socket.socket:
