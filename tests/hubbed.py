@@ -54,16 +54,22 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def hub_served() -> Iterator[str]:
-    """Its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Hub.got, Hub.refuse = {}, False
+def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def hub_served() -> Iterator[str]:
+    """Its address."""
+    Hub.got, Hub.refuse = {}, False
+    with _listening(Hub) as address:
+        yield address
 
 
 def pushed(address: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -124,11 +130,6 @@ class Sets(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def sets_served(folder: Path) -> Iterator[str]:
     """The address of a hub whose data set me/sums is a folder's files."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Sets)
     Sets.folder, Sets.parts = folder, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with _listening(Sets) as address:
+        yield address

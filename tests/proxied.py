@@ -6,10 +6,12 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
 
 import httpx2
+
+from served import Loopback
 
 
 class Passed(NamedTuple):
@@ -29,7 +31,7 @@ class Passed(NamedTuple):
 Meddle = Callable[[str, dict[str, Any]], "dict[str, Any] | tuple[int, str]"]
 
 
-class Proxy:
+class Proxy(Loopback):
     """`passed` is what went through, in order of the answers."""
 
     def __init__(self, behind: str, meddle: Meddle) -> None:
@@ -37,22 +39,13 @@ class Proxy:
         self.passed: list[Passed] = []
         self.lock = threading.Lock()
         self.client = httpx2.Client(timeout=60)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        super().__init__(self._handler())
 
     def of(self, path: str) -> list[Passed]:
         return [p for p in self.passed if p.path == f"/v1/{path}"]
 
     def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+        super().close()
         self.client.close()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:

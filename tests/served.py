@@ -46,16 +46,11 @@ def completion(text: str, reason: str = "stop") -> Reply:
     return Reply(body=json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": reason}]}))
 
 
-class Served:
-    """The requests that came, in order, and how many were under way at once at most."""
+class Loopback:
+    """A server in a thread of this process, at `url` until it is closed."""
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.requests: list[Asked] = []
-        self.most_at_once = 0
-        self._now = 0
-        self._lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -68,6 +63,18 @@ class Served:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+class Served(Loopback):
+    """The requests that came, in order, and how many were under way at once at most."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[Asked] = []
+        self.most_at_once = 0
+        self._now = 0
+        self._lock = threading.Lock()
+        super().__init__(self._handler())
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         served = self

@@ -137,7 +137,8 @@ def test_mini_recipes_train_alike_on_two_processes(tmp_path: Path, recipe: str) 
             model = max(v for n, v in far.items() if n.startswith("model/"))
             print(f"{recipe}, {name}, {out}: weights differ by at most {model:.1e} of their norm, the adapter's by {changes:.1e}")
             assert model < FAR, max(far, key=lambda n: far[n])
-            # An adapter begins at nothing: it is all gradients, whose rounding no larger weight hides.
+            # An adapter begins at nothing: it is all gradients, whose rounding no larger weight hides. One process that
+            # cuts its micro-batches otherwise (dpo, 700 tokens) is 3.2e-6 away from itself.
             assert changes < 10 * FAR, max(far, key=lambda n: far[n])
 
 

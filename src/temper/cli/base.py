@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from temper import __version__
+from temper.errors import RunError
 
 if TYPE_CHECKING:
     from temper.pipeline import Choice
@@ -63,3 +64,18 @@ def chosen(stages: list[str] | None, skip: list[str] | None, force: list[str] | 
 def names(values: list[str] | None) -> list[str]:
     """Each value may itself be a list: «a b» or «a,b»."""
     return [name for value in values or [] for name in re.split(r"[,\s]+", value) if name]
+
+
+def write_new(file: Path, text: str) -> None:
+    """Write a file that is not there yet.
+
+    Raises:
+        RunError: it is, or cannot be written.
+    """
+    try:
+        with open(file, "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise RunError(f"{file} is there already", do="name another file, or remove it first") from None
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error.strerror}", do="name another file, or go where you may write") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from temper import terminal
-from temper.cli.base import Debug, Force, Out, Overlays, Profile, Sets, Skip, Stages, app, chosen
+from temper.cli.base import Debug, Force, Out, Overlays, Profile, Sets, Skip, Stages, app, chosen, write_new
 from temper.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -173,5 +173,5 @@ def _job(recipe: Recipe, target: Machines, words: Sequence[str]) -> None:
 
     name = f"{recipe.name}-{recipe.profile}" if recipe.profile else recipe.name
     file = Path(f"{name}.slurm")
-    slurm.write(file, name=name, machines=target.machines, gpus=target.gpus, words=words, folder=Path.cwd())
+    write_new(file, slurm.job(file, name=name, machines=target.machines, gpus=target.gpus, words=words, folder=Path.cwd()))
     terminal.say(f"\nwrote {file}\nadd what your cluster asks for, then: sbatch {file}")

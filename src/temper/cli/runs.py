@@ -29,6 +29,7 @@ from temper.cli.base import (
     app,
     chosen,
     names,
+    write_new,
 )  # fmt: skip
 from temper.errors import RecipeError, RunError, nearest
 
@@ -103,13 +104,7 @@ def new(
     text = source.read_text(encoding="utf-8")
     if re.fullmatch(r"[\w-]+", target.stem):  # a name of its own keeps its runs apart from the shipped recipe's
         text = re.sub(r"(?m)^name:.*$", f"name: {target.stem}", text, count=1)
-    try:
-        with open(target, "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise RunError(f"{target} is there already", do="name another file, or remove it first") from None
-    except OSError as error:
-        raise RunError(f"{target} cannot be written: {error.strerror}", do="name another file") from None
+    write_new(target, text)
     profiles = recipes.read(source).get("profiles", {})
     tried = " --profile mini" if "mini" in profiles else ""
     typer.echo(f"wrote {target}\nedit it, then: temper run {target}{tried}")

@@ -25,12 +25,7 @@ def load(name: str, *, config: str | None, split: str | None, revision: str | No
     try:
         builder = datasets.load_dataset_builder(name, name=config, revision=revision)
         builder.download_and_prepare()
-        known = list(builder.info.splits or {})
-        if split is None:
-            split = "train" if "train" in known else known[0] if len(known) == 1 else None
-        if split is None:
-            raise DataError(f"«{name}» has several splits: {', '.join(known)}", do="name one: split: …")
-        data: Any = builder.as_dataset(split=split)
+        data: Any = builder.as_dataset(split=_chosen(name, list(builder.info.splits or {}), split))
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise explain(error, name, config=config, split=split) from error
     return data, builder.hash
@@ -50,11 +45,9 @@ def parquet(name: str, *, config: str | None, split: str | None, revision: str |
     try:
         builder = datasets.load_dataset_builder(name, name=config, revision=revision)
         known: Any = builder.config.data_files or {}
-        if split is None:
-            split = "train" if "train" in known else next(iter(known)) if len(known) == 1 else None
-        if split is None or split not in known:
-            what = f"has no split «{split}»" if split else "has several splits"
-            raise DataError(f"«{name}» {what}: {', '.join(map(str, known))}", do="name one: split: …")
+        split = _chosen(name, list(map(str, known)), split)
+        if split not in known:
+            raise DataError(f"«{name}» has no split «{split}»: {', '.join(map(str, known))}", do="name one: split: …")
         addresses = [str(address) for address in known[split]]
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise explain(error, name, config=config, split=split) from error
@@ -65,6 +58,15 @@ def parquet(name: str, *, config: str | None, split: str | None, revision: str |
         )  # fmt: skip
     places = [(address.rpartition("/")[2], url_to_fs(address)) for address in addresses]
     return [(file, functools.partial(system.open, path, "rb")) for file, (system, path) in places], builder.hash
+
+
+def _chosen(name: str, known: list[str], split: str | None) -> str:
+    """The split that is asked for; of none train, or the only one there is."""
+    if split is None:
+        split = "train" if "train" in known else known[0] if len(known) == 1 else None
+    if split is None:
+        raise DataError(f"«{name}» has several splits: {', '.join(known)}", do="name one: split: …")
+    return split
 
 
 def explain(error: Exception, name: str, *, config: str | None = None, split: str | None = None) -> DataError:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from temper.errors import RunError
-
 NOTICE = 300  # seconds before the end of a job in which checkpoints are written
 
 JOB = """\
@@ -57,24 +55,15 @@ exit "$code"
 """
 
 
-def write(file: Path, *, name: str, machines: int, gpus: int, words: Sequence[str], folder: Path) -> None:
-    """Write the job file; one that is there is not touched.
+def job(file: Path, *, name: str, machines: int, gpus: int, words: Sequence[str], folder: Path) -> str:
+    """The text of a job file.
 
     Args:
+        file: what it will be called.
         words: what `temper run` is given.
         folder: where relative paths begin, the same on all machines.
-
-    Raises:
-        RunError: the file is there, or cannot be written.
     """
-    text = JOB.format(
+    return JOB.format(
         title=f"{name} on {machines} × {gpus} graphics cards", file=shlex.quote(str(file)), name=shlex.quote(name), machines=machines, gpus=gpus,
         folder=shlex.quote(str(folder)), notice=NOTICE, python=shlex.quote(sys.executable), patience=NOTICE - 60, words=shlex.join(words),
     )  # fmt: skip
-    try:
-        with open(file, "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise RunError(f"{file} is there already", do="remove it first, or move it elsewhere") from None
-    except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror}", do="go to a folder where you may write") from None
